@@ -1,0 +1,1094 @@
+"""Proximal Policy Optimization for discrete actions, in one file.
+
+train      python ppo_discrete.py --env-id Acrobot-v1 --seed 2
+compare    tensorboard --logdir runs
+resume     python ppo_discrete.py --resume runs/RUN [--total-timesteps 1000000]
+evaluate   python ppo_discrete.py --eval runs/RUN --eval-episodes 20 [--capture-video]
+
+Where to edit: networks in `Agent`, the distribution in the functions above it, the objective in
+`ppo_loss`, environments and their preprocessing in `make_env`, schedules at the top of the loop in
+`train`. A copy under another name runs as it is.
+
+Shapes: T = num_steps, N = num_envs, B = T * N rows of a rollout, K = num_minibatches,
+M = B / K rows of a minibatch, O = shape of an observation, A = number of actions.
+"""
+
+import contextlib
+import copy
+import importlib
+import io
+import json
+import multiprocessing
+import os
+import random
+import re
+import signal
+import sys
+import time
+import zipfile
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from inspect import getsource
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from gymnasium import spaces
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+from tqdm import tqdm
+
+FloatOrNone = Annotated[
+    float | None,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="FLOAT|none",
+        instance_from_str=lambda words: None if words[0].lower() == "none" else float(words[0]),
+        is_instance=lambda value: value is None or isinstance(value, (int, float)),
+        str_from_instance=lambda value: ["none" if value is None else str(value)],
+    ),
+]
+
+
+@dataclass
+class Args:
+    # runs
+    exp_name: str = Path(__file__).stem
+    """name of the experiment, part of the run's directory"""
+    seed: int = 1
+    """seed of networks, actions, minibatches and environments"""
+    torch_deterministic: bool = True
+    """deterministic cuDNN kernels"""
+    cuda: bool = True
+    """use the GPU if there is one"""
+    capture_video: bool = False
+    """record the first environment into RUN/videos (needs moviepy)"""
+    run_dir: str = "runs/{env}__{exp}__{seed}__{time}"
+    """directory of the run; the names in braces are filled in"""
+    progress: bool = True
+    """show the progress bar"""
+    checkpoint_every: int = 100
+    """iterations between checkpoints; 0: only at the end"""
+    resume: str | None = None
+    """go on with this run (directory or checkpoint) under its own flags, but for those given"""
+    eval: str | None = None
+    """evaluate this run (directory or checkpoint) instead of training"""
+    eval_episodes: int = 10
+    """episodes of an evaluation"""
+    eval_deterministic: bool = True
+    """evaluate the most probable action instead of a sampled one"""
+    # environment
+    env_id: str = "CartPole-v1"
+    """Gymnasium id; `module:Id` imports the module first"""
+    env_kwargs: str = "{}"
+    """JSON object of keyword arguments for the environment"""
+    vectorization: Literal["sync", "async", "native", "envpool"] = "sync"
+    """one process, a process each, the environment's own vector version, or envpool's"""
+    num_envs: int = 4
+    """environments that are stepped side by side (N); pixels: 8"""
+    num_steps: int = 128
+    """steps of every environment in a rollout (T)"""
+    total_timesteps: int = 500_000
+    """environment steps of the whole run; pixels: 10,000,000"""
+    episodic_life: bool = True
+    """Atari: a lost life ends the chain of rewards, the game goes on"""
+    sign_reward: bool = True
+    """Atari: learn from the sign of the reward"""
+    # network
+    hidden_sizes: tuple[int, ...] = (64, 64)
+    """widths of the hidden layers; pixels use the Nature CNN instead"""
+    activation: Literal["tanh", "relu", "elu", "gelu", "silu"] = "tanh"
+    """activation between the layers"""
+    ortho_init: bool = True
+    """orthogonal weights and zero biases instead of PyTorch's initialisation"""
+    shared_network: bool = False
+    """one trunk under policy and value instead of two networks; pixels: on"""
+    # normalisers
+    norm_obs: bool = False
+    """standardise observations by running statistics"""
+    clip_obs: FloatOrNone = 10.0
+    """standardised observations are clipped to plus or minus this"""
+    norm_reward: bool = False
+    """divide rewards by the running deviation of the discounted return"""
+    clip_reward: FloatOrNone = 10.0
+    """normalised rewards are clipped to plus or minus this"""
+    norm_value: Literal["none", "running", "popart"] = "none"
+    """the critic predicts standardised targets; popart also keeps its outputs as they were"""
+    norm_adv: bool = True
+    """standardise advantages"""
+    norm_adv_scope: Literal["minibatch", "batch"] = "minibatch"
+    """rows whose mean and deviation standardise the advantages"""
+    # targets
+    gamma: float = 0.99
+    """discount"""
+    gae_lambda: float = 0.95
+    """lambda of generalised advantage estimation"""
+    value_target: Literal["gae", "mc", "td"] = "gae"
+    """advantage plus value, discounted return, or one step and the next value"""
+    recompute_advantages: bool = False
+    """advantages and targets anew from the current critic before every epoch"""
+    bootstrap_truncated: bool = True
+    """a truncated episode goes on with V(final observation); off: it counts as terminated"""
+    # policy loss
+    clip_coef: FloatOrNone = 0.2
+    """clip of the probability ratio; none: unclipped; pixels: 0.1"""
+    dual_clip_coef: FloatOrNone = None
+    """floor of the surrogate, in advantages, where the advantage is negative (above 1)"""
+    kl_coef: float = 0.0
+    """beta of the penalty beta * KL(old, new); its first value with kl-target (0: starts at 1)"""
+    kl_target: FloatOrNone = None
+    """KL at which beta is held: it doubles above 1.5 x this and halves below this / 1.5"""
+    target_kl: FloatOrNone = None
+    """an epoch whose mean approximate KL is above this is the policy's last"""
+    ref_checkpoint: str | None = None
+    """checkpoint of a reference policy"""
+    ref_kl_coef: float = 0.0
+    """weight of KL(policy, reference)"""
+    # value loss
+    vf_coef: float = 0.5
+    """weight of the value loss"""
+    clip_vloss: bool = True
+    """larger of the losses with and without the value clipped around the old one"""
+    vclip_coef: FloatOrNone = None
+    """clip of the value, in standardised units with norm-value; none: clip-coef"""
+    value_loss: Literal["mse", "huber"] = "mse"
+    """half the squared error, or that with linear tails"""
+    critic_epochs: int = 0
+    """further epochs that train the critic alone"""
+    critic_warmup_iterations: int = 0
+    """first iterations that train the critic alone"""
+    # entropy
+    ent_coef: float = 0.01
+    """weight of the entropy bonus"""
+    ent_coef_final: FloatOrNone = None
+    """its value in the last iteration, linear between; none: constant"""
+    # optimiser
+    learning_rate: float = 2.5e-4
+    """learning rate of Adam"""
+    actor_learning_rate: FloatOrNone = None
+    """learning rate of policy and trunk; none: learning-rate"""
+    critic_learning_rate: FloatOrNone = None
+    """learning rate of the critic; none: learning-rate"""
+    anneal_lr: bool = True
+    """learning rates fall linearly to zero"""
+    adam_eps: float = 1e-5
+    """epsilon of Adam"""
+    actor_adam_eps: FloatOrNone = None
+    """epsilon of policy and trunk; none: adam-eps"""
+    critic_adam_eps: FloatOrNone = None
+    """epsilon of the critic; none: adam-eps"""
+    max_grad_norm: FloatOrNone = 0.5
+    """norm to which the gradient is clipped; none: unclipped"""
+    num_minibatches: int = 4
+    """minibatches an epoch"""
+    update_epochs: int = 4
+    """epochs over every rollout"""
+    # speed
+    compile: bool = False
+    """compile the loss and the policy (torch.compile; takes up to a minute at the start)"""
+    torch_threads: int = 1
+    """threads of PyTorch on the CPU"""
+
+
+PIXEL_DEFAULTS = {"num_envs": 8, "total_timesteps": 10_000_000, "clip_coef": 0.1} | {
+    "shared_network": True
+}
+SCRIPTS = {spaces.Box: "ppo_continuous.py", spaces.MultiDiscrete: "ppo_multidiscrete_mask.py"}
+ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU, "gelu": nn.GELU, "silu": nn.SiLU}
+RANGES = {  # smallest and largest values, and the flags that keep to them
+    (1, 2**31): "num_envs num_steps num_minibatches update_epochs eval_episodes torch_threads",
+    (0, 2**31): "seed checkpoint_every critic_epochs critic_warmup_iterations",
+    (0, 1): "gamma gae_lambda",
+    (0, 1e9): "ent_coef ent_coef_final vf_coef kl_coef ref_kl_coef "
+    "learning_rate actor_learning_rate critic_learning_rate",
+    (1e-12, 1e9): "clip_coef vclip_coef kl_target target_kl max_grad_norm clip_obs clip_reward "
+    "adam_eps actor_adam_eps critic_adam_eps",
+    (1.000001, 1e9): "dual_clip_coef",
+}
+
+
+def fail(message: object, code: int = 2) -> NoReturn:
+    """End the process with one line: 2 for a wrong flag, 1 for a run that cannot go on."""
+    print("error:", " ".join(str(message).split()), file=sys.stderr)
+    raise SystemExit(code)
+
+
+def parse_args(default: Args | None = None) -> Args:
+    """Flags of the command line over `default`. The comments in `Args` become headings of --help."""
+    out = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+            return tyro.cli(Args, default=default, description="")
+    except SystemExit as stop:
+        text = out.getvalue()
+        if stop.code:
+            fail(re.split("-{20,}", text)[1])
+        for title, field in re.findall(r"    # (.+)\n    (\w+):", getsource(Args)):
+            flag = field.replace("_", "-")
+            text = re.sub(rf"(?m)^  --{flag}\b", rf"\n {title}\n\g<0>", text)
+        print(f"{__doc__}\n{text}")
+        raise
+
+
+def check_args(args: Args) -> None:
+    """Refuse flags that no run could follow."""
+    for (low, high), names in RANGES.items():
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not low <= value <= high:
+                fail(f"--{name.replace('_', '-')} {value}: must lie between {low:g} and {high:g}")
+    batch_size = args.num_envs * args.num_steps
+    rollout = f"the {batch_size} steps of a rollout (num-envs x num-steps)"
+    wrong = {
+        f"--total-timesteps {args.total_timesteps}: fewer than {rollout}": (
+            args.total_timesteps < batch_size
+        ),
+        f"--num-minibatches {args.num_minibatches}: does not divide {rollout}": (
+            batch_size % args.num_minibatches
+        ),
+        f"--hidden-sizes {args.hidden_sizes}: every width must be 1 or more": (
+            min(args.hidden_sizes, default=1) < 1
+        ),
+        f"--ref-kl-coef {args.ref_kl_coef}: needs --ref-checkpoint": (
+            args.ref_kl_coef and not args.ref_checkpoint
+        ),
+        f"--capture-video: needs sync or async, not --vectorization {args.vectorization}": (
+            args.capture_video and args.vectorization in ("native", "envpool")
+        ),
+    }
+    for message, applies in wrong.items():
+        if applies:
+            fail(message)
+    try:
+        dict(**json.loads(args.env_kwargs))
+    except (TypeError, ValueError) as error:
+        fail(f"--env-kwargs {args.env_kwargs}: must be a JSON object ({error})")
+
+
+# ---- environments
+
+
+def is_pixels(space: spaces.Space) -> bool:
+    """Whether the Nature CNN can read it: bytes in three dimensions, 36 x 36 or larger."""
+    return space.dtype == np.uint8 and len(space.shape) == 3 and sorted(space.shape)[1] >= 36
+
+
+def is_flat(space: spaces.Space) -> bool:
+    """Whether the networks can read it as it is."""
+    return isinstance(space, spaces.Box) and (len(space.shape) == 1 or is_pixels(space))
+
+
+class FireReset(gym.Wrapper):
+    """Presses FIRE at the start of an Atari game that waits for it."""
+
+    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
+        """Observation and info after the first FIRE."""
+        self.env.reset(**kwargs)
+        obs, _, _, _, info = self.env.step(1)
+        return obs, info
+
+
+def make_env(args: Args, video_dir: str | None = None) -> gym.Env:
+    """One environment whose observations are vectors or pixels.
+
+    Atari is preprocessed as in "The 37 Implementation Details of PPO" (Huang et al. 2022), except
+    that lost lives and signs of rewards are left to `learning_signals`.
+    """
+    if multiprocessing.parent_process():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    kwargs = json.loads(args.env_kwargs)
+    atari = is_atari(args)
+    if atari:
+        kwargs["frameskip"] = 1
+    env = gym.make(args.env_id, render_mode="rgb_array" if video_dir else None, **kwargs)
+    if video_dir:
+        every = (lambda _: True) if args.eval else None
+        prefix = "eval" if args.eval else "train"
+        env = gym.wrappers.RecordVideo(env, video_dir, every, name_prefix=prefix)
+    if atari:
+        env = gym.wrappers.AtariPreprocessing(env)
+        if env.unwrapped.get_action_meanings()[1] == "FIRE":
+            env = FireReset(env)
+        env = gym.wrappers.FrameStackObservation(env, 4)
+    return env if is_flat(env.observation_space) else gym.wrappers.FlattenObservation(env)
+
+
+def is_atari(args: Args) -> bool:
+    """Whether it is one of ale-py's environments, which this registers."""
+    atari = args.env_id.startswith("ALE/") or "NoFrameskip" in args.env_id
+    if atari:
+        gym.register_envs(importlib.import_module("ale_py"))
+    return atari
+
+
+def make_envs(args: Args, num_envs: int, seed: int, video_dir: str | None = None) -> VectorEnv:
+    """`num_envs` environments side by side that reset in the same or in the next step."""
+    if args.vectorization in ("sync", "async"):
+        fns = [partial(make_env, args, None if i else video_dir) for i in range(num_envs)]
+        if args.vectorization == "sync":
+            return SyncVectorEnv(fns, copy=False, autoreset_mode="SameStep")
+        return AsyncVectorEnv(fns, copy=False, autoreset_mode="SameStep", context="forkserver")
+    kwargs = json.loads(args.env_kwargs)
+    if args.vectorization == "envpool":
+        envpool = importlib.import_module("envpool")
+        envs = envpool.make_gymnasium(args.env_id, num_envs=num_envs, seed=seed, **kwargs)
+    else:
+        if is_atari(args):
+            kwargs = {"frameskip": 4, "reward_clipping": False} | kwargs
+        envs = gym.make_vec(args.env_id, num_envs, "vector_entry_point", **kwargs)
+    mode = envs.metadata.get("autoreset_mode")
+    if mode not in (AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP):
+        raise ValueError(f"autoreset mode {mode}; it must be SAME_STEP or NEXT_STEP")
+    if is_flat(envs.single_observation_space):
+        return envs
+    return gym.wrappers.vector.FlattenObservation(envs)
+
+
+# ---- statistics
+
+
+class RunningMeanStd(nn.Module):
+    """Running mean and standard deviation of all rows given to `advance`.
+
+    Merged as by Chan et al. (1979) in float64, with an int64 count. `mean` and `std`, which
+    normalise, are float32 copies, and 0 and 1 before the first rows.
+    """
+
+    def __init__(self, shape: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("centre", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("squares", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("std", torch.ones(shape))
+
+    @torch.no_grad()
+    def advance(self, rows: Tensor) -> None:
+        """Take in rows [n, *shape], n > 0."""
+        rows, n = rows.double(), len(rows)
+        total, delta = self.count + n, rows.mean(0) - self.centre
+        self.squares += (rows - rows.mean(0)).square().sum(0) + delta**2 * self.count * n / total
+        self.centre += delta * n / total
+        self.count += n
+        self.mean.copy_(self.centre)
+        self.std.copy_((self.squares / self.count + 1e-8).sqrt())
+
+
+# ---- Agent
+
+
+def draw_noise(agent: "Agent", *shape: int) -> Tensor:
+    """Gumbel noise [*shape, A]: the argmax of logits plus it is a draw from their softmax."""
+    noise = torch.empty(*shape, agent.num_actions, device=agent.obs_norm.mean.device)
+    return noise.exponential_().log_().neg_()
+
+
+def sample(dist: Tensor, noise: Tensor) -> Tensor:
+    """Actions [...] drawn from logits or log-probs [..., A] with Gumbel noise [..., A]."""
+    return (dist + noise).argmax(-1)
+
+
+def mode(dist: Tensor) -> Tensor:
+    """Most probable actions [...] under logits or log-probs [..., A]."""
+    return dist.argmax(-1)
+
+
+def log_prob(dist: Tensor, actions: Tensor) -> Tensor:
+    """Log-probs [...] of actions [...] under log-probs [..., A]."""
+    return dist.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+
+
+def entropy(dist: Tensor) -> Tensor:
+    """Entropies [...] in nats of log-probs [..., A]."""
+    return -(dist.exp() * dist).sum(-1)
+
+
+def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
+    """Exact KL(p, q) [...] in nats between log-probs [..., A]."""
+    return (p.exp() * (p - q)).sum(-1)
+
+
+class Agent(nn.Module):
+    """Policy and value networks and the normalisers that go with them."""
+
+    def __init__(self, args: Args, obs_space: spaces.Box, action_space: spaces.Discrete) -> None:
+        super().__init__()
+        shape, self.pixels = obs_space.shape, is_pixels(obs_space)
+        self.channels_last = self.pixels and shape[-1] < shape[0]
+        self.clip_obs, self.norm_obs = args.clip_obs, args.norm_obs and not self.pixels
+        self.num_actions, self.first_action = int(action_space.n), int(action_space.start)
+        self.obs_norm = RunningMeanStd(() if self.pixels else shape)
+        self.reward_norm, self.value_norm = RunningMeanStd(), RunningMeanStd()
+
+        def init(layer: nn.Module, gain: float = 2**0.5) -> nn.Module:
+            if args.ortho_init:
+                nn.init.orthogonal_(layer.weight, gain)
+                nn.init.zeros_(layer.bias)
+            return layer
+
+        def body() -> list[nn.Module]:
+            if not self.pixels:
+                layers, activation = (
+                    pairwise((*shape, *args.hidden_sizes)),
+                    ACTIVATIONS[args.activation],
+                )
+                return [part for size in layers for part in (init(nn.Linear(*size)), activation())]
+            frame = self.preprocess(torch.zeros(1, *shape, dtype=torch.uint8))
+            convolutions = [init(nn.Conv2d(frame.shape[1], 32, 8, 4)), nn.ReLU()]
+            convolutions += [init(nn.Conv2d(32, 64, 4, 2)), nn.ReLU()]
+            convolutions += [init(nn.Conv2d(64, 64, 3, 1)), nn.ReLU(), nn.Flatten()]
+            width = nn.Sequential(*convolutions)(frame).shape[1]
+            return [*convolutions, init(nn.Linear(width, 512)), nn.ReLU()]
+
+        width = 512 if self.pixels else (*shape, *args.hidden_sizes)[-1]
+        trunk, actor, critic = (body(), [], []) if args.shared_network else ([], body(), body())
+        self.trunk = nn.Sequential(*trunk)
+        self.actor = nn.Sequential(*actor, init(nn.Linear(width, self.num_actions), 0.01))
+        self.critic = nn.Sequential(*critic, init(nn.Linear(width, 1), 1.0))
+
+    def preprocess(self, obs: Tensor) -> Tensor:
+        """Observations [n, *O] as the networks read them."""
+        if self.pixels:
+            return (obs.movedim(-1, 1) if self.channels_last else obs) / 255.0
+        if self.norm_obs:
+            obs = (obs - self.obs_norm.mean) / self.obs_norm.std
+            return obs if self.clip_obs is None else obs.clamp(-self.clip_obs, self.clip_obs)
+        return obs
+
+    def act(self, obs: Tensor, noise: Tensor | None) -> Tensor:
+        """Actions [n] for observations [n, *O], drawn with noise [n, A]; without it the mode."""
+        logits = self.actor(self.trunk(self.preprocess(obs)))
+        return mode(logits) if noise is None else sample(logits, noise)
+
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probs [n, A] and the critic's outputs [n] for observations [n, *O]."""
+        features = self.trunk(self.preprocess(obs))
+        return self.actor(features).log_softmax(-1), self.critic(features).squeeze(-1)
+
+    def to_env(self, actions: Tensor) -> np.ndarray:
+        """Actions [n] as the environment takes them."""
+        return actions.cpu().numpy() + self.first_action
+
+    @torch.no_grad()
+    def advance_value_norm(self, targets: Tensor, popart: bool) -> None:
+        """Take in targets [n]; PopArt (van Hasselt et al. 2016) then keeps every value as it was."""
+        old_mean, old_std = self.value_norm.mean.clone(), self.value_norm.std.clone()
+        self.value_norm.advance(targets)
+        if popart:
+            head, mean, std = self.critic[-1], self.value_norm.mean, self.value_norm.std
+            head.weight.mul_(old_std / std)
+            head.bias.copy_((head.bias * old_std + old_mean - mean) / std)
+
+
+# ---- rollout
+
+
+class Rollout:
+    """Buffers that `collect` fills, and what one rollout leaves for the next."""
+
+    def __init__(self, args: Args, envs: VectorEnv, device: torch.device, seed: int) -> None:
+        shape, space = (args.num_steps, envs.num_envs), envs.single_observation_space
+        rows = (shape[0] + 1, shape[1])
+        dtype = torch.uint8 if is_pixels(space) else torch.float32
+        self.obs = torch.zeros(*rows, *space.shape, dtype=dtype, device=device)
+        self.actions = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.rewards, self.terminated = np.zeros(shape), np.zeros(shape, bool)
+        self.truncated, self.valid = np.zeros(shape, bool), np.ones(rows, bool)
+        self.lives = np.zeros(rows, np.int64)
+        self.final_obs: list[tuple[int, int, np.ndarray]] = []
+        self.so_far = np.zeros((2, shape[1]))  # return and length of the episodes under way
+        self.discounted = torch.zeros(shape[1], device=device)  # their discounted returns
+        obs, infos = envs.reset(**({} if args.vectorization == "envpool" else {"seed": seed}))
+        self.obs[-1], self.lives[-1] = torch.as_tensor(obs), infos.get("lives", 0)
+
+
+@torch.no_grad()
+def collect(agent: Agent, envs: VectorEnv, rollout: Rollout, interrupted: list[int]) -> None:
+    """Step every environment T times, or until interrupted."""
+    rollout.obs[0] = rollout.obs[-1]
+    rollout.valid[0], rollout.lives[0] = rollout.valid[-1], rollout.lives[-1]
+    rollout.final_obs.clear()
+    noise = draw_noise(agent, *rollout.rewards.shape)
+    for t, row in enumerate(noise):
+        if interrupted:
+            return
+        actions = rollout.actions[t] = agent.act(rollout.obs[t], row)
+        obs, rewards, terminated, truncated, infos = envs.step(agent.to_env(actions))
+        rollout.obs[t + 1] = torch.as_tensor(obs)
+        rollout.rewards[t], rollout.terminated[t], rollout.truncated[t] = (
+            rewards,
+            terminated,
+            truncated,
+        )
+        if "final_obs" in infos:
+            ends = np.flatnonzero(truncated & ~terminated)
+            rollout.final_obs += [(t, n, infos["final_obs"][n]) for n in ends]
+        rollout.lives[t + 1] = infos.get("lives", 0)
+    if envs.metadata["autoreset_mode"] == AutoresetMode.NEXT_STEP:
+        rollout.valid[1:] = ~(rollout.terminated | rollout.truncated)
+
+
+def finished_episodes(rollout: Rollout) -> list[tuple[float, int]]:
+    """Return and length of every episode that ended in the rollout."""
+    sums = np.stack((rollout.rewards, rollout.valid[:-1])).cumsum(1) + rollout.so_far[:, None]
+    episodes, start = [], np.zeros_like(rollout.so_far)
+    for t, n in np.argwhere(rollout.terminated | rollout.truncated):
+        total, length = sums[:, t, n] - start[:, n]
+        episodes.append((float(total), int(length)))
+        start[:, n] = sums[:, t, n]
+    rollout.so_far = sums[:, -1] - start
+    return episodes
+
+
+@torch.no_grad()
+def evaluate_rows(agent: Agent, obs: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probs [n, A] and values [n], in units of the rewards, for observations [n, *O]."""
+    dists, outputs = zip(*map(agent, obs.split(1024)), strict=True)
+    return torch.cat(dists), torch.cat(outputs) * agent.value_norm.std + agent.value_norm.mean
+
+
+# ---- targets
+
+
+def discounted_sum(terms: Tensor, decay: Tensor) -> Tensor:
+    """y[t] = terms[t] + decay[t] * y[t + 1], with 0 after the last row; all [T, N]."""
+    rows = [torch.zeros_like(terms[0])]
+    for term, factor in zip(terms.flip(0), decay.flip(0), strict=True):
+        rows.append(torch.addcmul(term, factor, rows[-1]))
+    return torch.stack(rows[:0:-1])
+
+
+def compute_gae(
+    rewards: Tensor, values: Tensor, next_values: Tensor, ended: Tensor, gamma: float, lam: float
+) -> Tensor:
+    """Generalised advantages (Schulman et al. 2016, eq. 16), cut where `ended`; all [T, N].
+
+    `next_values`: 0 after a termination, else the value of the observation that the step led to.
+    """
+    return discounted_sum(rewards + gamma * next_values - values, gamma * lam * ~ended)
+
+
+def compute_returns(rewards: Tensor, next_values: Tensor, ended: Tensor, gamma: float) -> Tensor:
+    """Discounted returns, bootstrapped where an episode or the rollout is cut; all [T, N]."""
+    cut = ended.clone()
+    cut[-1] = True
+    return discounted_sum(rewards + gamma * next_values * cut, gamma * ~cut)
+
+
+def scale_rewards(
+    agent: Agent, rollout: Rollout, rewards: Tensor, ended: Tensor, args: Args
+) -> Tensor:
+    """Rewards [T, N] over the running deviation of the discounted return; signs stay."""
+    terms, goes_on = rewards.clone(), torch.ones_like(rewards)
+    goes_on[1:] = (~ended[:-1]).float()
+    terms[0] += args.gamma * rollout.discounted
+    discounted = discounted_sum(terms.flip(0), args.gamma * goes_on.flip(0)).flip(0)
+    rollout.discounted = discounted[-1] * ~ended[-1]
+    agent.reward_norm.advance(discounted[torch.as_tensor(rollout.valid[:-1])])
+    rewards = rewards / agent.reward_norm.std
+    return (
+        rewards if args.clip_reward is None else rewards.clamp(-args.clip_reward, args.clip_reward)
+    )
+
+
+def learning_signals(agent: Agent, rollout: Rollout, args: Args) -> tuple[Tensor, Tensor, Tensor]:
+    """Rewards to learn from, and where chains of rewards terminate or are truncated; all [T, N]."""
+    terminated, rewards = rollout.terminated, rollout.rewards
+    lost = rollout.lives[1:] < rollout.lives[:-1]
+    if args.episodic_life and agent.pixels:
+        terminated = terminated | lost
+    if args.sign_reward and agent.pixels and rollout.lives.any():
+        rewards = np.sign(rewards)
+    if not args.bootstrap_truncated:
+        terminated = terminated | rollout.truncated
+    device = rollout.obs.device
+    signals = (torch.as_tensor(rewards, dtype=torch.float32), terminated, rollout.truncated)
+    rewards, terminated, truncated = (torch.as_tensor(x, device=device) for x in signals)
+    if args.norm_reward:
+        rewards = scale_rewards(agent, rollout, rewards, terminated | truncated, args)
+    return rewards, terminated, truncated
+
+
+def estimate(
+    agent: Agent, rollout: Rollout, signals: tuple[Tensor, Tensor, Tensor], args: Args
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probs [T, N, A], values, advantages and value targets [T, N] under the current agent."""
+    rewards, terminated, truncated = signals
+    dists, values = evaluate_rows(agent, rollout.obs.flatten(0, 1))
+    dists, values = (rows.unflatten(0, rollout.obs.shape[:2]) for rows in (dists, values))
+    next_values = values[1:].clone()  # NEXT_STEP: the row after an end holds its last observation
+    if rollout.final_obs:
+        t, n, obs = zip(*rollout.final_obs, strict=True)
+        obs = torch.as_tensor(np.stack(obs), dtype=rollout.obs.dtype, device=values.device)
+        next_values[t, n] = evaluate_rows(agent, obs)[1]
+    next_values, ended = next_values * ~terminated, terminated | truncated
+    advantages = compute_gae(rewards, values[:-1], next_values, ended, args.gamma, args.gae_lambda)
+    targets = {
+        "gae": lambda: advantages + values[:-1],
+        "mc": lambda: compute_returns(rewards, next_values, ended, args.gamma),
+        "td": lambda: rewards + args.gamma * next_values,
+    }[args.value_target]()
+    return dists[:-1], values[:-1], advantages, targets
+
+
+# ---- losses
+
+
+class Batch(NamedTuple):
+    """Rows [B, ...] of a rollout, its minibatches [K, M, ...], or one of them [M, ...]."""
+
+    obs: Tensor
+    actions: Tensor
+    logprobs: Tensor
+    dists: Tensor
+    ref_dists: Tensor
+    advantages: Tensor
+    targets: Tensor  # in the units of the critic's outputs, as are the old values
+    values: Tensor
+    weights: Tensor  # 0 where the row is no step
+
+
+def normalize(weights: Tensor) -> Tensor:
+    """Weights [..., M] that sum to 1, or to 0 if all are 0."""
+    return weights / weights.sum(-1, keepdim=True).clamp(min=1e-8)
+
+
+def standardize(advantages: Tensor, weights: Tensor) -> Tensor:
+    """Advantages [..., M] less their mean, over their deviation, among rows of weight > 0."""
+    weights, count = normalize(weights), (weights > 0).sum(-1, keepdim=True)
+    centred = advantages - (weights * advantages).sum(-1, keepdim=True)
+    variance = (weights * centred.square()).sum(-1, keepdim=True) * count / (count - 1).clamp(min=1)
+    return centred / (variance.sqrt() + 1e-8)
+
+
+def policy_loss(
+    ratio: Tensor, advantages: Tensor, clip: float | None, dual_clip: float | None
+) -> Tensor:
+    """Clipped surrogate [M] (PPO, eq. 7), from below by the dual clip of Ye et al. (2020), eq. 3."""
+    loss = -ratio * advantages
+    if clip is not None:
+        loss = torch.maximum(loss, -ratio.clamp(1 - clip, 1 + clip) * advantages)
+    if dual_clip is not None:
+        loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
+    return loss
+
+
+def value_loss(values: Tensor, targets: Tensor, huber: bool) -> Tensor:
+    """Half the squared error [M]; `huber`: linear where the error is above 1."""
+    if huber:
+        return F.huber_loss(values, targets, reduction="none")
+    return 0.5 * (values - targets).square()
+
+
+METRICS = [
+    "losses/policy_loss",
+    "losses/value_loss",
+    "losses/entropy",
+    "losses/kl",
+    "losses/ref_kl",
+    "losses/old_approx_kl",
+    "losses/approx_kl",
+    "losses/clipfrac",
+    "losses/value_loss_unclipped",
+    "losses/value_clipfrac",
+    "values/mean",
+    "losses/grad_norm",
+]
+
+
+def ppo_loss(agent: Agent, batch: Batch, coefs: Tensor, args: Args) -> tuple[Tensor, Tensor]:
+    """Loss [] of a minibatch, and its METRICS without the gradient's norm.
+
+    `coefs` [5] weigh the policy loss, value loss, entropy, KL(old, new) and KL(new, reference).
+    """
+    dists, values = agent(batch.obs)
+    logratio = log_prob(dists, batch.actions) - batch.logprobs
+    ratio, moved, huber = logratio.exp(), values - batch.values, args.value_loss == "huber"
+    unclipped = worst = value_loss(values, batch.targets, huber)
+    vclip = args.clip_coef if args.vclip_coef is None else args.vclip_coef
+    if args.clip_vloss and vclip is not None:
+        near = batch.values + moved.clamp(-vclip, vclip)
+        worst = torch.maximum(unclipped, value_loss(near, batch.targets, huber))
+    with torch.set_grad_enabled(args.kl_coef > 0 or args.kl_target is not None):
+        kl = kl_divergence(batch.dists, dists)
+    with torch.set_grad_enabled(args.ref_kl_coef > 0):
+        ref_kl = kl_divergence(dists, batch.ref_dists)
+    surrogate = policy_loss(ratio, batch.advantages, args.clip_coef, args.dual_clip_coef)
+    terms = torch.stack((surrogate, worst, entropy(dists), kl, ref_kl)) @ batch.weights
+    with torch.no_grad():
+        clipped = ((ratio - 1).abs() > (args.clip_coef or torch.inf)).float()
+        value_clipped = (moved.abs() > (vclip or torch.inf)).float()
+        evidence = (-logratio, ratio - 1 - logratio, clipped, unclipped, value_clipped, values)
+        metrics = torch.cat((terms, torch.stack(evidence) @ batch.weights))
+    return coefs @ terms, metrics
+
+
+# ---- update
+
+
+def make_optimizer(agent: Agent, args: Args) -> torch.optim.Adam:
+    """Adam with two groups: policy and trunk, critic."""
+    actor = {"params": [*agent.trunk.parameters(), *agent.actor.parameters()]}
+    critic = {"params": list(agent.critic.parameters())}
+    for group, eps in ((actor, args.actor_adam_eps), (critic, args.critic_adam_eps)):
+        group["eps"] = args.adam_eps if eps is None else eps
+    return torch.optim.Adam([actor, critic], fused=True)
+
+
+def update(
+    agent: Agent,
+    optimizer: torch.optim.Adam,
+    batch: Batch,
+    coefs: Tensor,
+    args: Args,
+    warmup: bool = False,
+    refresh: Callable | None = None,
+    loss_fn: Callable = ppo_loss,
+) -> Tensor:
+    """Epochs of minibatches; those of a warm-up and the critic's own ones train the critic alone.
+
+    `refresh` puts new advantages and targets into the batch before every epoch but the first.
+    Returns METRICS as means over all minibatches. Nothing is read back but the KL for `target_kl`.
+    """
+    shape = (args.num_minibatches, -1)
+    critic_coefs = coefs * torch.eye(5, device=coefs.device)[1]
+    limit = torch.inf if args.max_grad_norm is None else args.max_grad_norm
+    history, stopped = [], False
+    for epoch, alone in enumerate([warmup] * args.update_epochs + [True] * args.critic_epochs):
+        if stopped and not alone:
+            continue
+        if epoch and refresh:
+            batch = refresh(batch)
+        order = torch.randperm(len(batch.obs), device=batch.obs.device)
+        shuffled = Batch(*(rows[order].unflatten(0, shape) for rows in batch))
+        advantages = shuffled.advantages
+        if args.norm_adv:
+            scope = shape if args.norm_adv_scope == "minibatch" else (1, -1)
+            advantages = standardize(advantages.view(scope), shuffled.weights.view(scope))
+        shuffled = shuffled._replace(
+            advantages=advantages.view(shape), weights=normalize(shuffled.weights)
+        )
+        for minibatch in map(Batch._make, zip(*shuffled, strict=True)):
+            loss, metrics = loss_fn(agent, minibatch, critic_coefs if alone else coefs, args)
+            optimizer.zero_grad()
+            loss.backward()
+            if alone:
+                for parameter in optimizer.param_groups[0]["params"]:
+                    parameter.grad = None
+            grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), limit)
+            optimizer.step()
+            history.append(torch.cat((metrics, grad_norm[None])))
+        if args.target_kl is not None and not alone:
+            kl = torch.stack(history[-args.num_minibatches :])[:, METRICS.index("losses/approx_kl")]
+            stopped = bool(kl.mean() > args.target_kl)
+    return torch.stack(history).mean(0)
+
+
+# ---- logging
+
+
+def log(writer: SummaryWriter, step: int, scalars: dict[str, float]) -> None:
+    """Write all scalars of a step as one event."""
+    values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+    writer.file_writer.add_summary(Summary(value=values), step)
+
+
+def log_hparams(writer: SummaryWriter, args: Args) -> None:
+    """List the run with its flags and its returns in the HPARAMS tab."""
+    plain = (bool, int, float, str)
+    flags = {k: v if isinstance(v, plain) else str(v) for k, v in vars(args).items()}
+    for summary in hparams(flags, {"charts/episodic_return": 0, "eval/episodic_return": 0}):
+        writer.file_writer.add_summary(summary)
+
+
+# ---- checkpoint
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Put the new checkpoint into the old one's place at once: a kill leaves one of them whole."""
+    with open(path.with_suffix(".tmp"), "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def load_checkpoint(flag: str, name: str) -> dict[str, Any]:
+    """Checkpoint of a run, named by its directory or file; runs no code that it may hold."""
+    path = Path(name) / "checkpoint.pt" if Path(name).is_dir() else Path(name)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():
+                raise ValueError("wrong checksum")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state["args"] = Args(**state["args"])
+        state["args"].run_dir = str(path.parent)
+    except Exception as error:
+        fail(f"--{flag} {name}: no checkpoint of this script, or damaged ({error})")
+    return state
+
+
+def load_agent(flag: str, state: dict[str, Any], agent: Agent, args: Args) -> None:
+    """Put the checkpoint's networks and normalisers into an agent for the same environment."""
+    if state["args"].env_id != args.env_id:
+        fail(f"--{flag}: made for {state['args'].env_id}, not for {args.env_id}")
+    try:
+        agent.load_state_dict(state["agent"])
+    except RuntimeError as error:
+        fail(f"--{flag}: the networks differ: {error}")
+
+
+# ---- train, evaluate
+
+
+def environment_seed(seed: int, step: int) -> int:
+    """Seed of the environments that a run with this seed starts at this step."""
+    return int(np.random.SeedSequence((seed, step)).generate_state(1)[0] >> 1)
+
+
+def check_finite(name: str, rows: np.ndarray | Tensor, step: int) -> None:
+    """End the run if a reward or observation [T, N, ...] of the rollout from `step` is not finite."""
+    bad = torch.nonzero(~torch.isfinite(torch.as_tensor(rows)))
+    if len(bad):
+        t, n = bad[0, :2].tolist()
+        fail(f"the {name} of environment {n} is not finite at step {step + t * rows.shape[1]}", 1)
+
+
+def train(args: Args, agent: Agent, envs: VectorEnv, reference: Agent | None, state: dict) -> None:
+    """Iterations of rollout, targets and update, from the checkpoint `state` if there is one."""
+    device, batch_size = agent.obs_norm.mean.device, args.num_envs * args.num_steps
+    num_iterations = args.total_timesteps // batch_size
+    optimizer = make_optimizer(agent, args)
+    if state:
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
+        torch.set_rng_state(state["rng"])
+    first_step = step = state.get("step", 0)
+    beta = state.get("beta", args.kl_coef or float(args.kl_target is not None))
+    returns = deque(state.get("returns", ()), maxlen=100)
+
+    run_dir = Path(args.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
+    writer = SummaryWriter(run_dir, purge_step=step + 1 if state else None)
+    log_hparams(writer, args)
+
+    def save() -> None:
+        writer.flush()
+        checkpoint = {"args": vars(args) | {"resume": None}, "step": step, "beta": beta}
+        checkpoint |= {"returns": list(returns), "rng": torch.get_rng_state()}
+        checkpoint |= {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
+        save_checkpoint(run_dir / "checkpoint.pt", checkpoint)
+
+    interrupted: list[int] = []
+
+    def interrupt(signum: int, _: Any) -> None:
+        interrupted.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
+    loss_fn = ppo_loss
+    if args.compile:
+        loss_fn, agent.act = torch.compile(ppo_loss), torch.compile(agent.act)
+    rollout = Rollout(args, envs, device, environment_seed(args.seed, step))
+    bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=not args.progress)
+    start_time = time.perf_counter()
+
+    for iteration in range(step // batch_size, num_iterations):
+        rates = (args.actor_learning_rate, args.critic_learning_rate)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = args.learning_rate if rate is None else rate
+            group["lr"] *= 1 - iteration / num_iterations if args.anneal_lr else 1
+        ent_coef = args.ent_coef
+        if args.ent_coef_final is not None:
+            done = iteration / max(num_iterations - 1, 1)
+            ent_coef += (args.ent_coef_final - args.ent_coef) * done
+
+        # collect
+        collect(agent, envs, rollout, interrupted)
+        if interrupted:
+            break
+        check_finite("reward", rollout.rewards, step)
+        check_finite("observation", rollout.obs[1:], step)
+        episodes = finished_episodes(rollout)
+        returns.extend(episode[0] for episode in episodes)
+
+        # advantage
+        signals = learning_signals(agent, rollout, args)
+        dists, values, advantages, targets = estimate(agent, rollout, signals, args)
+        valid, norm = torch.as_tensor(rollout.valid[:-1], device=device), agent.value_norm
+        outputs = (values - norm.mean) / norm.std
+        if args.norm_value != "none":
+            agent.advance_value_norm(targets[valid], args.norm_value == "popart")
+        if args.norm_value == "popart":
+            outputs = (values - norm.mean) / norm.std
+        obs, actions, dists = (
+            rows.flatten(0, 1) for rows in (rollout.obs[:-1], rollout.actions, dists)
+        )
+        batch = Batch(
+            obs,
+            actions,
+            log_prob(dists, actions),
+            dists,
+            evaluate_rows(reference, obs)[0] if reference else dists,
+            advantages.flatten(),
+            ((targets - norm.mean) / norm.std).flatten(),
+            outputs.flatten(),
+            valid.flatten().float(),
+        )
+
+        def refresh(batch: Batch) -> Batch:
+            _, _, advantages, targets = estimate(agent, rollout, signals, args)
+            targets = (targets - norm.mean) / norm.std
+            return batch._replace(advantages=advantages.flatten(), targets=targets.flatten())
+
+        # update
+        coefs = torch.tensor([1.0, args.vf_coef, -ent_coef, beta, args.ref_kl_coef], device=device)
+        warmup = iteration < args.critic_warmup_iterations
+        renew = refresh if args.recompute_advantages else None
+        metrics = update(agent, optimizer, batch, coefs, args, warmup, renew, loss_fn).tolist()
+        scalars = dict(zip(METRICS, metrics, strict=True))
+        for tag, value in scalars.items():
+            if not np.isfinite(value):
+                fail(f"{tag} is {value} in iteration {iteration + 1}", 1)
+        if args.kl_target is not None:
+            kl = kl_divergence(dists, evaluate_rows(agent, obs)[0])[batch.weights > 0].mean().item()
+            beta *= 2.0 if kl > 1.5 * args.kl_target else 0.5 if kl < args.kl_target / 1.5 else 1.0
+            beta = min(max(beta, 1e-6), 1e6)
+        if args.norm_obs and not agent.pixels:
+            agent.obs_norm.advance(obs[batch.weights > 0])
+
+        # log
+        step += batch_size
+        advantages, values, targets = advantages[valid], values[valid], targets[valid]
+        scalars |= {
+            "losses/explained_variance": 1 - ((targets - values).var() / targets.var()).item(),
+            "advantages/mean": advantages.mean().item(),
+            "advantages/std": advantages.std().item(),
+            "values/old_mean": values.mean().item(),
+            "values/target_mean": targets.mean().item(),
+            "charts/learning_rate": optimizer.param_groups[0]["lr"],
+            "charts/ent_coef": ent_coef,
+            "charts/kl_coef": coefs[3].item(),
+            "charts/SPS": (step - first_step) / (time.perf_counter() - start_time),
+        }
+        if episodes:
+            mean_return, mean_length = np.mean(episodes, 0)
+            scalars |= {
+                "charts/episodic_return": mean_return,
+                "charts/episodic_length": mean_length,
+            }
+        log(writer, step, scalars)
+        bar.update(batch_size)
+        if returns:
+            bar.set_postfix_str(f"return {np.mean(returns):.1f}", refresh=False)
+        if args.checkpoint_every and (iteration + 1) % args.checkpoint_every == 0:
+            save()
+
+    speed = (step - first_step) / (time.perf_counter() - start_time)
+    save()
+    bar.close()
+    writer.close()
+    if interrupted:
+        raise SystemExit(128 + interrupted[0])
+    mean = f"{np.mean(returns):.1f}" if returns else "unknown"
+    print(f"{run_dir}: mean return of the last {len(returns)} episodes {mean}, {speed:.0f} SPS")
+
+
+@torch.no_grad()
+def evaluate(args: Args, agent: Agent, envs: VectorEnv, seed: int, step: int) -> None:
+    """Play episodes in one environment; weights and normalisers stay as they are."""
+    rollout = Rollout(args, envs, agent.obs_norm.mean.device, seed)
+    obs, returns, total = rollout.obs[-1], [], 0.0
+    while len(returns) < args.eval_episodes:
+        noise = None if args.eval_deterministic else draw_noise(agent, 1)
+        obs, reward, terminated, truncated, _ = envs.step(agent.to_env(agent.act(obs, noise)))
+        obs = torch.as_tensor(obs, dtype=rollout.obs.dtype, device=rollout.obs.device)
+        total += float(reward[0])
+        if terminated[0] or truncated[0]:
+            returns.append(total)
+            print(f"episode {len(returns)}: return {total:.1f}")
+            total = 0.0
+    with SummaryWriter(args.run_dir) as writer:
+        log(writer, step, {"eval/episodic_return": np.mean(returns)})
+    print(f"mean return {np.mean(returns):.1f} +- {np.std(returns):.1f} of {len(returns)} episodes")
+
+
+def open_envs(args: Args, num_envs: int, seed: int, video_dir: str | None = None) -> VectorEnv:
+    """`make_envs`, or the end of the process with one line if these environments cannot be made."""
+    try:
+        envs = make_envs(args, num_envs, seed, video_dir)
+    except Exception as error:
+        fail(f"--env-id {args.env_id} --vectorization {args.vectorization}: {error or repr(error)}")
+    if not isinstance(envs.single_action_space, spaces.Discrete):
+        script = SCRIPTS.get(type(envs.single_action_space), "another one")
+        fail(f"--env-id {args.env_id}: {envs.single_action_space} is a task for {script}")
+    return envs
+
+
+def main() -> None:
+    """Read and check the flags, make environments and agent, then train or evaluate."""
+    args, state, flag = parse_args(), {}, "resume"
+    if args.resume and args.eval:
+        fail("--resume and --eval: give one of them")
+    if args.resume or args.eval:
+        flag = "eval" if args.eval else "resume"
+        state = load_checkpoint(flag, args.resume or args.eval)
+        args = parse_args(state["args"])
+    check_args(args)
+    one = open_envs(
+        args if args.vectorization != "async" else replace(args, vectorization="sync"), 1, 0
+    )
+    obs_space, action_space = one.single_observation_space, one.single_action_space
+    one.close()
+    if is_pixels(obs_space) and not state:
+        args = parse_args(replace(Args(), **PIXEL_DEFAULTS))
+        check_args(args)
+
+    torch.set_num_threads(args.torch_threads)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    agent, reference = Agent(args, obs_space, action_space).to(device), None
+    if args.ref_checkpoint:
+        reference = copy.deepcopy(agent)
+        load_agent(
+            "ref-checkpoint",
+            load_checkpoint("ref-checkpoint", args.ref_checkpoint),
+            reference,
+            args,
+        )
+    step = state.get("step", 0)
+    if state:
+        load_agent(flag, state, agent, args)
+    if args.resume and step + args.num_envs * args.num_steps > args.total_timesteps:
+        fail(f"--resume {args.resume}: it is complete at step {step}; raise --total-timesteps")
+    names = {"env": args.env_id, "exp": args.exp_name, "seed": args.seed, "time": int(time.time())}
+    args.run_dir = args.run_dir.format(**names)
+    if not state and Path(args.run_dir, "checkpoint.pt").exists():
+        fail(f"--run-dir {args.run_dir}: holds a run; --resume it or name another directory")
+    video_dir = f"{args.run_dir}/videos" if args.capture_video else None
+    seed = environment_seed(args.seed, step)
+    envs = open_envs(args, 1 if args.eval else args.num_envs, seed, video_dir)
+    if args.eval:
+        evaluate(args, agent, envs, seed, step)
+    else:
+        train(args, agent, envs, reference, state)
+    envs.close()
+
+
+if __name__ == "__main__":
+    main()
