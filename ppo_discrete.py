@@ -27,7 +27,6 @@ import sys
 import time
 import zipfile
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from inspect import getsource
@@ -200,21 +199,19 @@ class Args:
     """threads of PyTorch on the CPU"""
 
 
-PIXEL_DEFAULTS = {"num_envs": 8, "total_timesteps": 10_000_000, "clip_coef": 0.1} | {
-    "shared_network": True
-}
-SCRIPTS = {spaces.Box: "ppo_continuous.py", spaces.MultiDiscrete: "ppo_multidiscrete_mask.py"}
-ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU, "gelu": nn.GELU, "silu": nn.SiLU}
-RANGES = {  # smallest and largest values, and the flags that keep to them
+PIXEL_DEFAULTS = dict(num_envs=8, total_timesteps=10_000_000, clip_coef=0.1, shared_network=True)
+ACTIVATIONS = dict(tanh=nn.Tanh, relu=nn.ReLU, elu=nn.ELU, gelu=nn.GELU, silu=nn.SiLU)
+RANGES = {  # smallest and largest value of the flags
     (1, 2**31): "num_envs num_steps num_minibatches update_epochs eval_episodes torch_threads",
     (0, 2**31): "seed checkpoint_every critic_epochs critic_warmup_iterations",
     (0, 1): "gamma gae_lambda",
-    (0, 1e9): "ent_coef ent_coef_final vf_coef kl_coef ref_kl_coef "
-    "learning_rate actor_learning_rate critic_learning_rate",
+    (0, 1e9): "ent_coef ent_coef_final vf_coef kl_coef ref_kl_coef learning_rate "
+    "actor_learning_rate critic_learning_rate",
     (1e-12, 1e9): "clip_coef vclip_coef kl_target target_kl max_grad_norm clip_obs clip_reward "
     "adam_eps actor_adam_eps critic_adam_eps",
     (1.000001, 1e9): "dual_clip_coef",
 }
+OTHER_SCRIPTS = {"Box": "ppo_continuous.py", "MultiDiscrete": "ppo_multidiscrete_mask.py"}
 
 
 def fail(message: object, code: int = 2) -> NoReturn:
@@ -224,7 +221,7 @@ def fail(message: object, code: int = 2) -> NoReturn:
 
 
 def parse_args(default: Args | None = None) -> Args:
-    """Flags of the command line over `default`. The comments in `Args` become headings of --help."""
+    """Flags of the command line over `default`; comments in `Args` become headings of --help."""
     out = io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
@@ -247,28 +244,18 @@ def check_args(args: Args) -> None:
             value = getattr(args, name)
             if value is not None and not low <= value <= high:
                 fail(f"--{name.replace('_', '-')} {value}: must lie between {low:g} and {high:g}")
-    batch_size = args.num_envs * args.num_steps
-    rollout = f"the {batch_size} steps of a rollout (num-envs x num-steps)"
-    wrong = {
-        f"--total-timesteps {args.total_timesteps}: fewer than {rollout}": (
-            args.total_timesteps < batch_size
-        ),
-        f"--num-minibatches {args.num_minibatches}: does not divide {rollout}": (
-            batch_size % args.num_minibatches
-        ),
-        f"--hidden-sizes {args.hidden_sizes}: every width must be 1 or more": (
-            min(args.hidden_sizes, default=1) < 1
-        ),
-        f"--ref-kl-coef {args.ref_kl_coef}: needs --ref-checkpoint": (
-            args.ref_kl_coef and not args.ref_checkpoint
-        ),
-        f"--capture-video: needs sync or async, not --vectorization {args.vectorization}": (
-            args.capture_video and args.vectorization in ("native", "envpool")
-        ),
-    }
-    for message, applies in wrong.items():
-        if applies:
-            fail(message)
+    steps = args.num_envs * args.num_steps
+    rollout = f"the {steps} steps of a rollout (num-envs x num-steps)"
+    if args.total_timesteps < steps:
+        fail(f"--total-timesteps {args.total_timesteps}: fewer than {rollout}")
+    if steps % args.num_minibatches:
+        fail(f"--num-minibatches {args.num_minibatches}: must divide {rollout}")
+    if min(args.hidden_sizes, default=1) < 1:
+        fail(f"--hidden-sizes {args.hidden_sizes}: must all be 1 or more")
+    if args.ref_kl_coef and not args.ref_checkpoint:
+        fail(f"--ref-kl-coef {args.ref_kl_coef}: needs --ref-checkpoint")
+    if args.capture_video and args.vectorization in ("native", "envpool"):
+        fail(f"--capture-video: needs --vectorization sync or async, not {args.vectorization}")
     try:
         dict(**json.loads(args.env_kwargs))
     except (TypeError, ValueError) as error:
@@ -383,6 +370,10 @@ class RunningMeanStd(nn.Module):
         self.mean.copy_(self.centre)
         self.std.copy_((self.squares / self.count + 1e-8).sqrt())
 
+    def normalize(self, rows: Tensor) -> Tensor:
+        """Rows [..., *shape] less the mean, over the deviation."""
+        return (rows - self.mean) / self.std
+
 
 # ---- Agent
 
@@ -438,17 +429,16 @@ class Agent(nn.Module):
 
         def body() -> list[nn.Module]:
             if not self.pixels:
-                layers, activation = (
+                sizes, activation = (
                     pairwise((*shape, *args.hidden_sizes)),
                     ACTIVATIONS[args.activation],
                 )
-                return [part for size in layers for part in (init(nn.Linear(*size)), activation())]
+                return [part for size in sizes for part in (init(nn.Linear(*size)), activation())]
             frame = self.preprocess(torch.zeros(1, *shape, dtype=torch.uint8))
-            convolutions = [init(nn.Conv2d(frame.shape[1], 32, 8, 4)), nn.ReLU()]
-            convolutions += [init(nn.Conv2d(32, 64, 4, 2)), nn.ReLU()]
-            convolutions += [init(nn.Conv2d(64, 64, 3, 1)), nn.ReLU(), nn.Flatten()]
-            width = nn.Sequential(*convolutions)(frame).shape[1]
-            return [*convolutions, init(nn.Linear(width, 512)), nn.ReLU()]
+            conv = [init(nn.Conv2d(frame.shape[1], 32, 8, 4)), nn.ReLU()]
+            conv += [init(nn.Conv2d(32, 64, 4, 2)), nn.ReLU()]
+            conv += [init(nn.Conv2d(64, 64, 3, 1)), nn.ReLU(), nn.Flatten()]
+            return [*conv, init(nn.Linear(nn.Sequential(*conv)(frame).shape[1], 512)), nn.ReLU()]
 
         width = 512 if self.pixels else (*shape, *args.hidden_sizes)[-1]
         trunk, actor, critic = (body(), [], []) if args.shared_network else ([], body(), body())
@@ -461,7 +451,7 @@ class Agent(nn.Module):
         if self.pixels:
             return (obs.movedim(-1, 1) if self.channels_last else obs) / 255.0
         if self.norm_obs:
-            obs = (obs - self.obs_norm.mean) / self.obs_norm.std
+            obs = self.obs_norm.normalize(obs)
             return obs if self.clip_obs is None else obs.clamp(-self.clip_obs, self.clip_obs)
         return obs
 
@@ -481,7 +471,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def advance_value_norm(self, targets: Tensor, popart: bool) -> None:
-        """Take in targets [n]; PopArt (van Hasselt et al. 2016) then keeps every value as it was."""
+        """Take in targets [n]; PopArt (van Hasselt et al. 2016) then keeps all values as is."""
         old_mean, old_std = self.value_norm.mean.clone(), self.value_norm.std.clone()
         self.value_norm.advance(targets)
         if popart:
@@ -497,24 +487,27 @@ class Rollout:
     """Buffers that `collect` fills, and what one rollout leaves for the next."""
 
     def __init__(self, args: Args, envs: VectorEnv, device: torch.device, seed: int) -> None:
-        shape, space = (args.num_steps, envs.num_envs), envs.single_observation_space
-        rows = (shape[0] + 1, shape[1])
-        dtype = torch.uint8 if is_pixels(space) else torch.float32
-        self.obs = torch.zeros(*rows, *space.shape, dtype=dtype, device=device)
-        self.actions = torch.zeros(shape, dtype=torch.int64, device=device)
-        self.rewards, self.terminated = np.zeros(shape), np.zeros(shape, bool)
-        self.truncated, self.valid = np.zeros(shape, bool), np.ones(rows, bool)
-        self.lives = np.zeros(rows, np.int64)
+        space, steps, rows = envs.single_observation_space, args.num_steps, args.num_steps + 1
+        dtype, n = torch.uint8 if is_pixels(space) else torch.float32, envs.num_envs
+        self.obs = torch.zeros(rows, n, *space.shape, dtype=dtype, device=device)
+        self.actions = torch.zeros(steps, n, dtype=torch.int64, device=device)
+        self.rewards, self.lives = np.zeros((steps, n)), np.zeros((rows, n), np.int64)
+        self.terminated, self.truncated = np.zeros((2, steps, n), bool)
+        self.valid = np.ones((rows, n), bool)
         self.final_obs: list[tuple[int, int, np.ndarray]] = []
-        self.so_far = np.zeros((2, shape[1]))  # return and length of the episodes under way
-        self.discounted = torch.zeros(shape[1], device=device)  # their discounted returns
+        self.so_far = np.zeros((2, n))  # return and length of the episodes under way
+        self.discounted = torch.zeros(n, device=device)  # their discounted returns
+        self.signals: tuple[Tensor, Tensor, Tensor] = ()  # see learning_signals
         obs, infos = envs.reset(**({} if args.vectorization == "envpool" else {"seed": seed}))
         self.obs[-1], self.lives[-1] = torch.as_tensor(obs), infos.get("lives", 0)
 
 
 @torch.no_grad()
-def collect(agent: Agent, envs: VectorEnv, rollout: Rollout, interrupted: list[int]) -> None:
+def collect(
+    agent: Agent, envs: VectorEnv, rollout: Rollout, args: Args, interrupted: list[int]
+) -> None:
     """Step every environment T times, or until interrupted."""
+    act = torch.compile(agent.act) if args.compile else agent.act
     rollout.obs[0] = rollout.obs[-1]
     rollout.valid[0], rollout.lives[0] = rollout.valid[-1], rollout.lives[-1]
     rollout.final_obs.clear()
@@ -522,7 +515,7 @@ def collect(agent: Agent, envs: VectorEnv, rollout: Rollout, interrupted: list[i
     for t, row in enumerate(noise):
         if interrupted:
             return
-        actions = rollout.actions[t] = agent.act(rollout.obs[t], row)
+        actions = rollout.actions[t] = act(rollout.obs[t], row)
         obs, rewards, terminated, truncated, infos = envs.step(agent.to_env(actions))
         rollout.obs[t + 1] = torch.as_tensor(obs)
         rollout.rewards[t], rollout.terminated[t], rollout.truncated[t] = (
@@ -590,55 +583,52 @@ def scale_rewards(
 ) -> Tensor:
     """Rewards [T, N] over the running deviation of the discounted return; signs stay."""
     terms, goes_on = rewards.clone(), torch.ones_like(rewards)
-    goes_on[1:] = (~ended[:-1]).float()
     terms[0] += args.gamma * rollout.discounted
+    goes_on[1:] -= ended[:-1].float()
     discounted = discounted_sum(terms.flip(0), args.gamma * goes_on.flip(0)).flip(0)
     rollout.discounted = discounted[-1] * ~ended[-1]
     agent.reward_norm.advance(discounted[torch.as_tensor(rollout.valid[:-1])])
-    rewards = rewards / agent.reward_norm.std
-    return (
-        rewards if args.clip_reward is None else rewards.clamp(-args.clip_reward, args.clip_reward)
-    )
+    limit = torch.inf if args.clip_reward is None else args.clip_reward
+    return (rewards / agent.reward_norm.std).clamp(-limit, limit)
 
 
 def learning_signals(agent: Agent, rollout: Rollout, args: Args) -> tuple[Tensor, Tensor, Tensor]:
-    """Rewards to learn from, and where chains of rewards terminate or are truncated; all [T, N]."""
-    terminated, rewards = rollout.terminated, rollout.rewards
-    lost = rollout.lives[1:] < rollout.lives[:-1]
-    if args.episodic_life and agent.pixels:
-        terminated = terminated | lost
-    if args.sign_reward and agent.pixels and rollout.lives.any():
+    """Rewards to learn from, and where chains of them terminate or are truncated; all [T, N]."""
+    rewards, terminated, truncated = rollout.rewards, rollout.terminated, rollout.truncated
+    if agent.pixels and args.episodic_life:
+        terminated = terminated | (rollout.lives[1:] < rollout.lives[:-1])
+    if agent.pixels and args.sign_reward and rollout.lives.any():
         rewards = np.sign(rewards)
     if not args.bootstrap_truncated:
-        terminated = terminated | rollout.truncated
-    device = rollout.obs.device
-    signals = (torch.as_tensor(rewards, dtype=torch.float32), terminated, rollout.truncated)
-    rewards, terminated, truncated = (torch.as_tensor(x, device=device) for x in signals)
+        terminated = terminated | truncated
+    signals = (rewards.astype(np.float32), terminated, truncated)
+    rewards, terminated, truncated = (
+        torch.as_tensor(x, device=rollout.obs.device) for x in signals
+    )
     if args.norm_reward:
         rewards = scale_rewards(agent, rollout, rewards, terminated | truncated, args)
     return rewards, terminated, truncated
 
 
-def estimate(
-    agent: Agent, rollout: Rollout, signals: tuple[Tensor, Tensor, Tensor], args: Args
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-probs [T, N, A], values, advantages and value targets [T, N] under the current agent."""
-    rewards, terminated, truncated = signals
+def estimate(agent: Agent, rollout: Rollout, args: Args) -> tuple[Tensor, ...]:
+    """Log-probs [B, A], values, advantages and value targets [B] under the agent as it is now."""
+    rewards, terminated, truncated = rollout.signals
     dists, values = evaluate_rows(agent, rollout.obs.flatten(0, 1))
-    dists, values = (rows.unflatten(0, rollout.obs.shape[:2]) for rows in (dists, values))
+    values = values.view(rollout.valid.shape)
     next_values = values[1:].clone()  # NEXT_STEP: the row after an end holds its last observation
     if rollout.final_obs:
         t, n, obs = zip(*rollout.final_obs, strict=True)
         obs = torch.as_tensor(np.stack(obs), dtype=rollout.obs.dtype, device=values.device)
         next_values[t, n] = evaluate_rows(agent, obs)[1]
-    next_values, ended = next_values * ~terminated, terminated | truncated
-    advantages = compute_gae(rewards, values[:-1], next_values, ended, args.gamma, args.gae_lambda)
-    targets = {
-        "gae": lambda: advantages + values[:-1],
-        "mc": lambda: compute_returns(rewards, next_values, ended, args.gamma),
-        "td": lambda: rewards + args.gamma * next_values,
-    }[args.value_target]()
-    return dists[:-1], values[:-1], advantages, targets
+    values, next_values, ended = values[:-1], next_values * ~terminated, terminated | truncated
+    advantages = compute_gae(rewards, values, next_values, ended, args.gamma, args.gae_lambda)
+    if args.value_target == "gae":
+        targets = advantages + values
+    elif args.value_target == "mc":
+        targets = compute_returns(rewards, next_values, ended, args.gamma)
+    else:
+        targets = rewards + args.gamma * next_values
+    return dists[: values.numel()], values.flatten(), advantages.flatten(), targets.flatten()
 
 
 # ---- losses
@@ -658,6 +648,29 @@ class Batch(NamedTuple):
     weights: Tensor  # 0 where the row is no step
 
 
+def make_batch(agent: Agent, reference: Agent | None, rollout: Rollout, args: Args) -> Batch:
+    """What the update needs of a rollout; advances the value normaliser."""
+    dists, values, advantages, targets = estimate(agent, rollout, args)
+    obs, actions = rollout.obs[:-1].flatten(0, 1), rollout.actions.flatten(0, 1)
+    valid = torch.as_tensor(rollout.valid[:-1], device=obs.device).flatten()
+    outputs = agent.value_norm.normalize(values)
+    if args.norm_value != "none":
+        agent.advance_value_norm(targets[valid], args.norm_value == "popart")
+    if args.norm_value == "popart":
+        outputs = agent.value_norm.normalize(values)
+    return Batch(
+        obs=obs,
+        actions=actions,
+        logprobs=log_prob(dists, actions),
+        dists=dists,
+        ref_dists=evaluate_rows(reference, obs)[0] if reference else dists,
+        advantages=advantages,
+        targets=agent.value_norm.normalize(targets),
+        values=outputs,
+        weights=valid.float(),
+    )
+
+
 def normalize(weights: Tensor) -> Tensor:
     """Weights [..., M] that sum to 1, or to 0 if all are 0."""
     return weights / weights.sum(-1, keepdim=True).clamp(min=1e-8)
@@ -674,7 +687,7 @@ def standardize(advantages: Tensor, weights: Tensor) -> Tensor:
 def policy_loss(
     ratio: Tensor, advantages: Tensor, clip: float | None, dual_clip: float | None
 ) -> Tensor:
-    """Clipped surrogate [M] (PPO, eq. 7), from below by the dual clip of Ye et al. (2020), eq. 3."""
+    """Clipped surrogate [M] (PPO, eq. 7), with the dual clip of Ye et al. (2020), eq. 3."""
     loss = -ratio * advantages
     if clip is not None:
         loss = torch.maximum(loss, -ratio.clamp(1 - clip, 1 + clip) * advantages)
@@ -690,7 +703,7 @@ def value_loss(values: Tensor, targets: Tensor, huber: bool) -> Tensor:
     return 0.5 * (values - targets).square()
 
 
-METRICS = [
+METRICS = [  # of ppo_loss, and the norm of its gradient
     "losses/policy_loss",
     "losses/value_loss",
     "losses/entropy",
@@ -748,44 +761,42 @@ def make_optimizer(agent: Agent, args: Args) -> torch.optim.Adam:
 def update(
     agent: Agent,
     optimizer: torch.optim.Adam,
+    rollout: Rollout,
     batch: Batch,
-    coefs: Tensor,
     args: Args,
-    warmup: bool = False,
-    refresh: Callable | None = None,
-    loss_fn: Callable = ppo_loss,
+    coefs: Tensor,
+    warmup: bool,
 ) -> Tensor:
-    """Epochs of minibatches; those of a warm-up and the critic's own ones train the critic alone.
+    """Epochs of minibatches; in a warm-up and in the critic's own epochs the policy stands still.
 
-    `refresh` puts new advantages and targets into the batch before every epoch but the first.
-    Returns METRICS as means over all minibatches. Nothing is read back but the KL for `target_kl`.
+    Returns METRICS, means over all minibatches. Nothing is read back but the KL for `target_kl`.
     """
-    shape = (args.num_minibatches, -1)
-    critic_coefs = coefs * torch.eye(5, device=coefs.device)[1]
-    limit = torch.inf if args.max_grad_norm is None else args.max_grad_norm
-    history, stopped = [], False
+    loss_fn = torch.compile(ppo_loss) if args.compile else ppo_loss
+    critic_coefs = coefs * torch.eye(len(coefs), device=coefs.device)[1]
+    max_norm = torch.inf if args.max_grad_norm is None else args.max_grad_norm
+    history, shape, stopped = [], (args.num_minibatches, -1), False
     for epoch, alone in enumerate([warmup] * args.update_epochs + [True] * args.critic_epochs):
         if stopped and not alone:
             continue
-        if epoch and refresh:
-            batch = refresh(batch)
+        if epoch and args.recompute_advantages:
+            _, _, advantages, targets = estimate(agent, rollout, args)
+            targets = agent.value_norm.normalize(targets)
+            batch = batch._replace(advantages=advantages, targets=targets)
         order = torch.randperm(len(batch.obs), device=batch.obs.device)
-        shuffled = Batch(*(rows[order].unflatten(0, shape) for rows in batch))
-        advantages = shuffled.advantages
+        epoch_rows = Batch(*(rows[order].unflatten(0, shape) for rows in batch))
+        advantages, weights = epoch_rows.advantages, epoch_rows.weights
         if args.norm_adv:
             scope = shape if args.norm_adv_scope == "minibatch" else (1, -1)
-            advantages = standardize(advantages.view(scope), shuffled.weights.view(scope))
-        shuffled = shuffled._replace(
-            advantages=advantages.view(shape), weights=normalize(shuffled.weights)
-        )
-        for minibatch in map(Batch._make, zip(*shuffled, strict=True)):
+            advantages = standardize(advantages.view(scope), weights.view(scope)).view(shape)
+        epoch_rows = epoch_rows._replace(advantages=advantages, weights=normalize(weights))
+        for minibatch in map(Batch._make, zip(*epoch_rows, strict=True)):
             loss, metrics = loss_fn(agent, minibatch, critic_coefs if alone else coefs, args)
             optimizer.zero_grad()
             loss.backward()
             if alone:
                 for parameter in optimizer.param_groups[0]["params"]:
                     parameter.grad = None
-            grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), limit)
+            grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), max_norm)
             optimizer.step()
             history.append(torch.cat((metrics, grad_norm[None])))
         if args.target_kl is not None and not alone:
@@ -795,6 +806,22 @@ def update(
 
 
 # ---- logging
+
+
+def describe(batch: Batch, metrics: Tensor, norm: RunningMeanStd) -> dict[str, float]:
+    """METRICS and what the batch tells, read back at once; values in units of the rewards."""
+    valid = batch.weights > 0
+    advantages, values, targets = batch.advantages[valid], batch.values[valid], batch.targets[valid]
+    scalars = dict(zip(METRICS, metrics, strict=True)) | {
+        "losses/explained_variance": 1 - (targets - values).var() / targets.var(),
+        "advantages/mean": advantages.mean(),
+        "advantages/std": advantages.std(),
+        "values/old_mean": values.mean(),
+        "values/target_mean": targets.mean(),
+    }
+    for tag in ("values/mean", "values/old_mean", "values/target_mean"):
+        scalars[tag] = scalars[tag] * norm.std + norm.mean
+    return dict(zip(scalars, torch.stack(tuple(scalars.values())).tolist(), strict=True))
 
 
 def log(writer: SummaryWriter, step: int, scalars: dict[str, float]) -> None:
@@ -857,7 +884,7 @@ def environment_seed(seed: int, step: int) -> int:
 
 
 def check_finite(name: str, rows: np.ndarray | Tensor, step: int) -> None:
-    """End the run if a reward or observation [T, N, ...] of the rollout from `step` is not finite."""
+    """End the run if a reward or observation [T, N, ...] after `step` is not finite."""
     bad = torch.nonzero(~torch.isfinite(torch.as_tensor(rows)))
     if len(bad):
         t, n = bad[0, :2].tolist()
@@ -876,6 +903,7 @@ def train(args: Args, agent: Agent, envs: VectorEnv, reference: Agent | None, st
     first_step = step = state.get("step", 0)
     beta = state.get("beta", args.kl_coef or float(args.kl_target is not None))
     returns = deque(state.get("returns", ()), maxlen=100)
+    rollout = Rollout(args, envs, device, environment_seed(args.seed, step))
 
     run_dir = Path(args.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -898,101 +926,52 @@ def train(args: Args, agent: Agent, envs: VectorEnv, reference: Agent | None, st
 
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, interrupt)
-    loss_fn = ppo_loss
-    if args.compile:
-        loss_fn, agent.act = torch.compile(ppo_loss), torch.compile(agent.act)
-    rollout = Rollout(args, envs, device, environment_seed(args.seed, step))
     bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=not args.progress)
     start_time = time.perf_counter()
 
     for iteration in range(step // batch_size, num_iterations):
+        left, ent_coef = 1 - iteration / num_iterations, args.ent_coef
         rates = (args.actor_learning_rate, args.critic_learning_rate)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = args.learning_rate if rate is None else rate
-            group["lr"] *= 1 - iteration / num_iterations if args.anneal_lr else 1
-        ent_coef = args.ent_coef
+            rate = args.learning_rate if rate is None else rate
+            group["lr"] = rate * left if args.anneal_lr else rate
         if args.ent_coef_final is not None:
-            done = iteration / max(num_iterations - 1, 1)
-            ent_coef += (args.ent_coef_final - args.ent_coef) * done
+            ent_coef += (args.ent_coef_final - ent_coef) * iteration / max(num_iterations - 1, 1)
+        coefs = torch.tensor([1.0, args.vf_coef, -ent_coef, beta, args.ref_kl_coef], device=device)
 
-        # collect
-        collect(agent, envs, rollout, interrupted)
+        collect(agent, envs, rollout, args, interrupted)
         if interrupted:
             break
         check_finite("reward", rollout.rewards, step)
         check_finite("observation", rollout.obs[1:], step)
         episodes = finished_episodes(rollout)
-        returns.extend(episode[0] for episode in episodes)
-
-        # advantage
-        signals = learning_signals(agent, rollout, args)
-        dists, values, advantages, targets = estimate(agent, rollout, signals, args)
-        valid, norm = torch.as_tensor(rollout.valid[:-1], device=device), agent.value_norm
-        outputs = (values - norm.mean) / norm.std
-        if args.norm_value != "none":
-            agent.advance_value_norm(targets[valid], args.norm_value == "popart")
-        if args.norm_value == "popart":
-            outputs = (values - norm.mean) / norm.std
-        obs, actions, dists = (
-            rows.flatten(0, 1) for rows in (rollout.obs[:-1], rollout.actions, dists)
-        )
-        batch = Batch(
-            obs,
-            actions,
-            log_prob(dists, actions),
-            dists,
-            evaluate_rows(reference, obs)[0] if reference else dists,
-            advantages.flatten(),
-            ((targets - norm.mean) / norm.std).flatten(),
-            outputs.flatten(),
-            valid.flatten().float(),
-        )
-
-        def refresh(batch: Batch) -> Batch:
-            _, _, advantages, targets = estimate(agent, rollout, signals, args)
-            targets = (targets - norm.mean) / norm.std
-            return batch._replace(advantages=advantages.flatten(), targets=targets.flatten())
-
-        # update
-        coefs = torch.tensor([1.0, args.vf_coef, -ent_coef, beta, args.ref_kl_coef], device=device)
+        rollout.signals = learning_signals(agent, rollout, args)
+        batch = make_batch(agent, reference, rollout, args)
         warmup = iteration < args.critic_warmup_iterations
-        renew = refresh if args.recompute_advantages else None
-        metrics = update(agent, optimizer, batch, coefs, args, warmup, renew, loss_fn).tolist()
-        scalars = dict(zip(METRICS, metrics, strict=True))
+        metrics = update(agent, optimizer, rollout, batch, args, coefs, warmup)
+
+        step += batch_size
+        scalars = describe(batch, metrics, agent.value_norm)
         for tag, value in scalars.items():
-            if not np.isfinite(value):
+            if tag in METRICS and not np.isfinite(value):
                 fail(f"{tag} is {value} in iteration {iteration + 1}", 1)
+        scalars |= {"charts/learning_rate": optimizer.param_groups[0]["lr"]}
+        scalars |= {"charts/ent_coef": ent_coef, "charts/kl_coef": beta}
+        scalars["charts/SPS"] = (step - first_step) / (time.perf_counter() - start_time)
+        if episodes:
+            episodic = ("charts/episodic_return", "charts/episodic_length")
+            scalars |= zip(episodic, np.mean(episodes, 0), strict=True)
+            returns.extend(episode[0] for episode in episodes)
+            bar.set_postfix_str(f"return {np.mean(returns):.1f}", refresh=False)
+        log(writer, step, scalars)
+        bar.update(batch_size)
         if args.kl_target is not None:
-            kl = kl_divergence(dists, evaluate_rows(agent, obs)[0])[batch.weights > 0].mean().item()
+            dists = evaluate_rows(agent, batch.obs)[0]
+            kl = (kl_divergence(batch.dists, dists) @ normalize(batch.weights)).item()
             beta *= 2.0 if kl > 1.5 * args.kl_target else 0.5 if kl < args.kl_target / 1.5 else 1.0
             beta = min(max(beta, 1e-6), 1e6)
         if args.norm_obs and not agent.pixels:
-            agent.obs_norm.advance(obs[batch.weights > 0])
-
-        # log
-        step += batch_size
-        advantages, values, targets = advantages[valid], values[valid], targets[valid]
-        scalars |= {
-            "losses/explained_variance": 1 - ((targets - values).var() / targets.var()).item(),
-            "advantages/mean": advantages.mean().item(),
-            "advantages/std": advantages.std().item(),
-            "values/old_mean": values.mean().item(),
-            "values/target_mean": targets.mean().item(),
-            "charts/learning_rate": optimizer.param_groups[0]["lr"],
-            "charts/ent_coef": ent_coef,
-            "charts/kl_coef": coefs[3].item(),
-            "charts/SPS": (step - first_step) / (time.perf_counter() - start_time),
-        }
-        if episodes:
-            mean_return, mean_length = np.mean(episodes, 0)
-            scalars |= {
-                "charts/episodic_return": mean_return,
-                "charts/episodic_length": mean_length,
-            }
-        log(writer, step, scalars)
-        bar.update(batch_size)
-        if returns:
-            bar.set_postfix_str(f"return {np.mean(returns):.1f}", refresh=False)
+            agent.obs_norm.advance(batch.obs[batch.weights > 0])
         if args.checkpoint_every and (iteration + 1) % args.checkpoint_every == 0:
             save()
 
@@ -1032,8 +1011,8 @@ def open_envs(args: Args, num_envs: int, seed: int, video_dir: str | None = None
     except Exception as error:
         fail(f"--env-id {args.env_id} --vectorization {args.vectorization}: {error or repr(error)}")
     if not isinstance(envs.single_action_space, spaces.Discrete):
-        script = SCRIPTS.get(type(envs.single_action_space), "another one")
-        fail(f"--env-id {args.env_id}: {envs.single_action_space} is a task for {script}")
+        script = OTHER_SCRIPTS.get(type(envs.single_action_space).__name__, "another script")
+        fail(f"--env-id {args.env_id}: {envs.single_action_space} is for {script}")
     return envs
 
 
