@@ -1,0 +1,62 @@
+"""What the tests share: the scripts as modules, and ways to run them."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["SDL_VIDEODRIVER"] = "dummy"
+
+import ppo_discrete  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """`run(*flags)`: the script in a process of its own, with `tmp_path` as working directory."""
+
+    def run(*flags, script="ppo_discrete.py", **kwargs):
+        command = [sys.executable, str(ROOT / script), *map(str, flags)]
+        kwargs = {"capture_output": True, "text": True, "timeout": 300, "cwd": tmp_path} | kwargs
+        return subprocess.run(command, **kwargs)
+
+    return run
+
+
+@pytest.fixture
+def main(tmp_path, monkeypatch, capfd):
+    """`main(*flags)`: the script's main() in this process; exit code, standard output and error."""
+    monkeypatch.chdir(tmp_path)
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def main(*flags, module=ppo_discrete):
+        monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, flags)])
+        code = 0
+        capfd.readouterr()
+        try:
+            module.main()
+        except SystemExit as stop:
+            code = stop.code
+        return code or 0, *capfd.readouterr()
+
+    yield main
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+
+
+def read_scalars(run_dir):
+    """{tag: [(step, value), ...]} of a run's directory, as TensorBoard loads it."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
+    events.Reload()
+    return {
+        tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+    }
