@@ -429,11 +429,8 @@ class Agent(nn.Module):
 
         def body() -> list[nn.Module]:
             if not self.pixels:
-                sizes, activation = (
-                    pairwise((*shape, *args.hidden_sizes)),
-                    ACTIVATIONS[args.activation],
-                )
-                return [part for size in sizes for part in (init(nn.Linear(*size)), activation())]
+                sizes, activate = (*shape, *args.hidden_sizes), ACTIVATIONS[args.activation]
+                return [m for pair in pairwise(sizes) for m in (init(nn.Linear(*pair)), activate())]
             frame = self.preprocess(torch.zeros(1, *shape, dtype=torch.uint8))
             conv = [init(nn.Conv2d(frame.shape[1], 32, 8, 4)), nn.ReLU()]
             conv += [init(nn.Conv2d(32, 64, 4, 2)), nn.ReLU()]
@@ -885,9 +882,9 @@ def environment_seed(seed: int, step: int) -> int:
 
 def check_finite(name: str, rows: np.ndarray | Tensor, step: int) -> None:
     """End the run if a reward or observation [T, N, ...] after `step` is not finite."""
-    bad = torch.nonzero(~torch.isfinite(torch.as_tensor(rows)))
-    if len(bad):
-        t, n = bad[0, :2].tolist()
+    rows = torch.as_tensor(rows)
+    if rows.is_floating_point() and not rows.isfinite().all():
+        t, n = (~rows.isfinite()).nonzero()[0, :2].tolist()
         fail(f"the {name} of environment {n} is not finite at step {step + t * rows.shape[1]}", 1)
 
 
