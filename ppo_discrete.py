@@ -10,11 +10,11 @@ Where to edit: networks in `Agent`, the distribution in the functions above it, 
 `train`. A copy under another name runs as it is.
 
 Shapes: T = num_steps, N = num_envs, B = T * N rows of a rollout, K = num_minibatches,
-M = B / K rows of a minibatch, O = shape of an observation, A = number of actions.
+M = B / K rows of a minibatch, O and A = shapes of an observation and of an action, D = numbers
+that describe a distribution (here one log-prob an action).
 """
 
 import contextlib
-import copy
 import importlib
 import io
 import json
@@ -162,10 +162,6 @@ class Args:
     """clip of the value, in standardised units with norm-value; none: clip-coef"""
     value_loss: Literal["mse", "huber"] = "mse"
     """half the squared error, or that with linear tails"""
-    critic_epochs: int = 0
-    """further epochs that train the critic alone"""
-    critic_warmup_iterations: int = 0
-    """first iterations that train the critic alone"""
     # entropy
     ent_coef: float = 0.01
     """weight of the entropy bonus"""
@@ -192,6 +188,10 @@ class Args:
     """minibatches an epoch"""
     update_epochs: int = 4
     """epochs over every rollout"""
+    critic_epochs: int = 0
+    """further epochs that train the critic alone"""
+    critic_warmup_iterations: int = 0
+    """first iterations that train the critic alone"""
     # speed
     compile: bool = False
     """compile the loss and the policy (torch.compile; takes up to a minute at the start)"""
@@ -232,7 +232,7 @@ def parse_args(default: Args | None = None) -> Args:
             fail(re.split("-{20,}", text)[1])
         for title, field in re.findall(r"    # (.+)\n    (\w+):", getsource(Args)):
             flag = field.replace("_", "-")
-            text = re.sub(rf"(?m)^  --{flag}\b", rf"\n {title}\n\g<0>", text)
+            text = re.sub(rf"(?m)^  --{flag}(?=[ ,])", rf"\n {title}\n\g<0>", text)
         print(f"{__doc__}\n{text}")
         raise
 
@@ -256,10 +256,6 @@ def check_args(args: Args) -> None:
         fail(f"--ref-kl-coef {args.ref_kl_coef}: needs --ref-checkpoint")
     if args.capture_video and args.vectorization in ("native", "envpool"):
         fail(f"--capture-video: needs --vectorization sync or async, not {args.vectorization}")
-    try:
-        dict(**json.loads(args.env_kwargs))
-    except (TypeError, ValueError) as error:
-        fail(f"--env-kwargs {args.env_kwargs}: must be a JSON object ({error})")
 
 
 # ---- environments
@@ -297,11 +293,14 @@ def make_env(args: Args, video_dir: str | None = None) -> gym.Env:
     atari = is_atari(args)
     if atari:
         kwargs["frameskip"] = 1
-    env = gym.make(args.env_id, render_mode="rgb_array" if video_dir else None, **kwargs)
     if video_dir:
-        every = (lambda _: True) if args.eval else None
+        importlib.import_module("moviepy")
+        kwargs["render_mode"] = "rgb_array"
+    env = gym.make(args.env_id, **kwargs)
+    if video_dir:
+        wanted = (lambda episode: episode < args.eval_episodes) if args.eval else None
         prefix = "eval" if args.eval else "train"
-        env = gym.wrappers.RecordVideo(env, video_dir, every, name_prefix=prefix)
+        env = gym.wrappers.RecordVideo(env, video_dir, wanted, name_prefix=prefix)
     if atari:
         env = gym.wrappers.AtariPreprocessing(env)
         if env.unwrapped.get_action_meanings()[1] == "FIRE":
@@ -312,7 +311,7 @@ def make_env(args: Args, video_dir: str | None = None) -> gym.Env:
 
 def is_atari(args: Args) -> bool:
     """Whether it is one of ale-py's environments, which this registers."""
-    atari = args.env_id.startswith("ALE/") or "NoFrameskip" in args.env_id
+    atari = "ALE/" in args.env_id or "NoFrameskip" in args.env_id
     if atari:
         gym.register_envs(importlib.import_module("ale_py"))
     return atari
@@ -361,8 +360,10 @@ class RunningMeanStd(nn.Module):
 
     @torch.no_grad()
     def advance(self, rows: Tensor) -> None:
-        """Take in rows [n, *shape], n > 0."""
+        """Take in rows [n, *shape]."""
         rows, n = rows.double(), len(rows)
+        if n == 0:
+            return
         total, delta = self.count + n, rows.mean(0) - self.centre
         self.squares += (rows - rows.mean(0)).square().sum(0) + delta**2 * self.count * n / total
         self.centre += delta * n / total
@@ -378,37 +379,6 @@ class RunningMeanStd(nn.Module):
 # ---- Agent
 
 
-def draw_noise(agent: "Agent", *shape: int) -> Tensor:
-    """Gumbel noise [*shape, A]: the argmax of logits plus it is a draw from their softmax."""
-    noise = torch.empty(*shape, agent.num_actions, device=agent.obs_norm.mean.device)
-    return noise.exponential_().log_().neg_()
-
-
-def sample(dist: Tensor, noise: Tensor) -> Tensor:
-    """Actions [...] drawn from logits or log-probs [..., A] with Gumbel noise [..., A]."""
-    return (dist + noise).argmax(-1)
-
-
-def mode(dist: Tensor) -> Tensor:
-    """Most probable actions [...] under logits or log-probs [..., A]."""
-    return dist.argmax(-1)
-
-
-def log_prob(dist: Tensor, actions: Tensor) -> Tensor:
-    """Log-probs [...] of actions [...] under log-probs [..., A]."""
-    return dist.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
-
-
-def entropy(dist: Tensor) -> Tensor:
-    """Entropies [...] in nats of log-probs [..., A]."""
-    return -(dist.exp() * dist).sum(-1)
-
-
-def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
-    """Exact KL(p, q) [...] in nats between log-probs [..., A]."""
-    return (p.exp() * (p - q)).sum(-1)
-
-
 class Agent(nn.Module):
     """Policy and value networks and the normalisers that go with them."""
 
@@ -418,6 +388,7 @@ class Agent(nn.Module):
         self.channels_last = self.pixels and shape[-1] < shape[0]
         self.clip_obs, self.norm_obs = args.clip_obs, args.norm_obs and not self.pixels
         self.num_actions, self.first_action = int(action_space.n), int(action_space.start)
+        self.action_shape, self.action_dtype = (), torch.int64
         self.obs_norm = RunningMeanStd(() if self.pixels else shape)
         self.reward_norm, self.value_norm = RunningMeanStd(), RunningMeanStd()
 
@@ -453,17 +424,47 @@ class Agent(nn.Module):
         return obs
 
     def act(self, obs: Tensor, noise: Tensor | None) -> Tensor:
-        """Actions [n] for observations [n, *O], drawn with noise [n, A]; without it the mode."""
-        logits = self.actor(self.trunk(self.preprocess(obs)))
-        return mode(logits) if noise is None else sample(logits, noise)
+        """Actions [n, *A] for observations [n, *O], drawn with `noise`; without it the mode."""
+        dist = self.actor(self.trunk(self.preprocess(obs)))
+        return self.mode(dist) if noise is None else self.sample(dist, noise)
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probs [n, A] and the critic's outputs [n] for observations [n, *O]."""
+        """Log-probs [n, D] and the critic's outputs [n] for observations [n, *O]."""
         features = self.trunk(self.preprocess(obs))
         return self.actor(features).log_softmax(-1), self.critic(features).squeeze(-1)
 
+    def draw_noise(self, *shape: int) -> Tensor:
+        """Gumbel noise [*shape, D]: the argmax of logits plus it is a draw from their softmax."""
+        noise = torch.empty(*shape, self.num_actions, device=self.obs_norm.mean.device)
+        return noise.exponential_().log_().neg_()
+
+    @staticmethod
+    def sample(dist: Tensor, noise: Tensor) -> Tensor:
+        """Actions [...] drawn from logits or log-probs [..., D] with Gumbel noise [..., D]."""
+        return (dist + noise).argmax(-1)
+
+    @staticmethod
+    def mode(dist: Tensor) -> Tensor:
+        """Most probable actions [...] under logits or log-probs [..., D]."""
+        return dist.argmax(-1)
+
+    @staticmethod
+    def log_prob(dist: Tensor, actions: Tensor) -> Tensor:
+        """Log-probs [...] of actions [...] under log-probs [..., D]."""
+        return dist.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+
+    @staticmethod
+    def entropy(dist: Tensor) -> Tensor:
+        """Entropies [...] in nats of log-probs [..., D]."""
+        return -(dist.exp() * dist).sum(-1)
+
+    @staticmethod
+    def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
+        """Exact KL(p, q) [...] in nats between log-probs [..., D]."""
+        return (p.exp() * (p - q)).sum(-1)
+
     def to_env(self, actions: Tensor) -> np.ndarray:
-        """Actions [n] as the environment takes them."""
+        """Actions [n, *A] as the environment takes them."""
         return actions.cpu().numpy() + self.first_action
 
     @torch.no_grad()
@@ -483,20 +484,23 @@ class Agent(nn.Module):
 class Rollout:
     """Buffers that `collect` fills, and what one rollout leaves for the next."""
 
-    def __init__(self, args: Args, envs: VectorEnv, device: torch.device, seed: int) -> None:
+    def __init__(self, args: Args, agent: Agent, envs: VectorEnv, seed: int) -> None:
         space, steps, rows = envs.single_observation_space, args.num_steps, args.num_steps + 1
-        dtype, n = torch.uint8 if is_pixels(space) else torch.float32, envs.num_envs
+        dtype, n = torch.uint8 if agent.pixels else torch.float32, envs.num_envs
+        device, action = agent.obs_norm.mean.device, agent.action_dtype
         self.obs = torch.zeros(rows, n, *space.shape, dtype=dtype, device=device)
-        self.actions = torch.zeros(steps, n, dtype=torch.int64, device=device)
+        self.actions = torch.zeros(steps, n, *agent.action_shape, dtype=action, device=device)
         self.rewards, self.lives = np.zeros((steps, n)), np.zeros((rows, n), np.int64)
         self.terminated, self.truncated = np.zeros((2, steps, n), bool)
         self.valid = np.ones((rows, n), bool)
         self.final_obs: list[tuple[int, int, np.ndarray]] = []
         self.so_far = np.zeros((2, n))  # return and length of the episodes under way
         self.discounted = torch.zeros(n, device=device)  # their discounted returns
-        self.signals: tuple[Tensor, Tensor, Tensor] = ()  # see learning_signals
+        self.signals: tuple[Tensor, ...] = ()  # of `learning_signals`
+        self.values = torch.zeros(0)  # [B] of `make_batch`, in units of the rewards
         obs, infos = envs.reset(**({} if args.vectorization == "envpool" else {"seed": seed}))
         self.obs[-1], self.lives[-1] = torch.as_tensor(obs), infos.get("lives", 0)
+        self.atari = agent.pixels and "lives" in infos
 
 
 @torch.no_grad()
@@ -508,18 +512,15 @@ def collect(
     rollout.obs[0] = rollout.obs[-1]
     rollout.valid[0], rollout.lives[0] = rollout.valid[-1], rollout.lives[-1]
     rollout.final_obs.clear()
-    noise = draw_noise(agent, *rollout.rewards.shape)
+    noise = agent.draw_noise(*rollout.rewards.shape)
     for t, row in enumerate(noise):
         if interrupted:
             return
         actions = rollout.actions[t] = act(rollout.obs[t], row)
         obs, rewards, terminated, truncated, infos = envs.step(agent.to_env(actions))
         rollout.obs[t + 1] = torch.as_tensor(obs)
-        rollout.rewards[t], rollout.terminated[t], rollout.truncated[t] = (
-            rewards,
-            terminated,
-            truncated,
-        )
+        rollout.rewards[t] = rewards
+        rollout.terminated[t], rollout.truncated[t] = terminated, truncated
         if "final_obs" in infos:
             ends = np.flatnonzero(truncated & ~terminated)
             rollout.final_obs += [(t, n, infos["final_obs"][n]) for n in ends]
@@ -542,7 +543,7 @@ def finished_episodes(rollout: Rollout) -> list[tuple[float, int]]:
 
 @torch.no_grad()
 def evaluate_rows(agent: Agent, obs: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probs [n, A] and values [n], in units of the rewards, for observations [n, *O]."""
+    """Distributions [n, D] and values [n], in units of the rewards, for observations [n, *O]."""
     dists, outputs = zip(*map(agent, obs.split(1024)), strict=True)
     return torch.cat(dists), torch.cat(outputs) * agent.value_norm.std + agent.value_norm.mean
 
@@ -592,9 +593,9 @@ def scale_rewards(
 def learning_signals(agent: Agent, rollout: Rollout, args: Args) -> tuple[Tensor, Tensor, Tensor]:
     """Rewards to learn from, and where chains of them terminate or are truncated; all [T, N]."""
     rewards, terminated, truncated = rollout.rewards, rollout.terminated, rollout.truncated
-    if agent.pixels and args.episodic_life:
+    if rollout.atari and args.episodic_life:
         terminated = terminated | (rollout.lives[1:] < rollout.lives[:-1])
-    if agent.pixels and args.sign_reward and rollout.lives.any():
+    if rollout.atari and args.sign_reward:
         rewards = np.sign(rewards)
     if not args.bootstrap_truncated:
         terminated = terminated | truncated
@@ -608,7 +609,7 @@ def learning_signals(agent: Agent, rollout: Rollout, args: Args) -> tuple[Tensor
 
 
 def estimate(agent: Agent, rollout: Rollout, args: Args) -> tuple[Tensor, ...]:
-    """Log-probs [B, A], values, advantages and value targets [B] under the agent as it is now."""
+    """Distributions [B, D], values, advantages and value targets [B] under the present agent."""
     rewards, terminated, truncated = rollout.signals
     dists, values = evaluate_rows(agent, rollout.obs.flatten(0, 1))
     values = values.view(rollout.valid.shape)
@@ -648,6 +649,7 @@ class Batch(NamedTuple):
 def make_batch(agent: Agent, reference: Agent | None, rollout: Rollout, args: Args) -> Batch:
     """What the update needs of a rollout; advances the value normaliser."""
     dists, values, advantages, targets = estimate(agent, rollout, args)
+    rollout.values = values
     obs, actions = rollout.obs[:-1].flatten(0, 1), rollout.actions.flatten(0, 1)
     valid = torch.as_tensor(rollout.valid[:-1], device=obs.device).flatten()
     outputs = agent.value_norm.normalize(values)
@@ -658,7 +660,7 @@ def make_batch(agent: Agent, reference: Agent | None, rollout: Rollout, args: Ar
     return Batch(
         obs=obs,
         actions=actions,
-        logprobs=log_prob(dists, actions),
+        logprobs=agent.log_prob(dists, actions),
         dists=dists,
         ref_dists=evaluate_rows(reference, obs)[0] if reference else dists,
         advantages=advantages,
@@ -685,11 +687,12 @@ def policy_loss(
     ratio: Tensor, advantages: Tensor, clip: float | None, dual_clip: float | None
 ) -> Tensor:
     """Clipped surrogate [M] (PPO, eq. 7), with the dual clip of Ye et al. (2020), eq. 3."""
-    loss = -ratio * advantages
+    cost = -advantages
+    loss = ratio * cost
     if clip is not None:
-        loss = torch.maximum(loss, -ratio.clamp(1 - clip, 1 + clip) * advantages)
+        loss = torch.maximum(loss, ratio.clamp(1 - clip, 1 + clip) * cost)
     if dual_clip is not None:
-        loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
+        loss = torch.where(cost > 0, torch.minimum(loss, dual_clip * cost), loss)
     return loss
 
 
@@ -697,7 +700,7 @@ def value_loss(values: Tensor, targets: Tensor, huber: bool) -> Tensor:
     """Half the squared error [M]; `huber`: linear where the error is above 1."""
     if huber:
         return F.huber_loss(values, targets, reduction="none")
-    return 0.5 * (values - targets).square()
+    return 0.5 * F.mse_loss(values, targets, reduction="none")
 
 
 METRICS = [  # of ppo_loss, and the norm of its gradient
@@ -722,22 +725,22 @@ def ppo_loss(agent: Agent, batch: Batch, coefs: Tensor, args: Args) -> tuple[Ten
     `coefs` [5] weigh the policy loss, value loss, entropy, KL(old, new) and KL(new, reference).
     """
     dists, values = agent(batch.obs)
-    logratio = log_prob(dists, batch.actions) - batch.logprobs
-    ratio, moved, huber = logratio.exp(), values - batch.values, args.value_loss == "huber"
+    logratio = agent.log_prob(dists, batch.actions) - batch.logprobs
+    ratio, huber = logratio.exp(), args.value_loss == "huber"
     unclipped = worst = value_loss(values, batch.targets, huber)
     vclip = args.clip_coef if args.vclip_coef is None else args.vclip_coef
     if args.clip_vloss and vclip is not None:
-        near = batch.values + moved.clamp(-vclip, vclip)
+        near = values.clamp(batch.values - vclip, batch.values + vclip)
         worst = torch.maximum(unclipped, value_loss(near, batch.targets, huber))
     with torch.set_grad_enabled(args.kl_coef > 0 or args.kl_target is not None):
-        kl = kl_divergence(batch.dists, dists)
+        kl = agent.kl_divergence(batch.dists, dists)
     with torch.set_grad_enabled(args.ref_kl_coef > 0):
-        ref_kl = kl_divergence(dists, batch.ref_dists)
+        ref_kl = agent.kl_divergence(dists, batch.ref_dists)
     surrogate = policy_loss(ratio, batch.advantages, args.clip_coef, args.dual_clip_coef)
-    terms = torch.stack((surrogate, worst, entropy(dists), kl, ref_kl)) @ batch.weights
+    terms = torch.stack((surrogate, worst, agent.entropy(dists), kl, ref_kl)) @ batch.weights
     with torch.no_grad():
         clipped = ((ratio - 1).abs() > (args.clip_coef or torch.inf)).float()
-        value_clipped = (moved.abs() > (vclip or torch.inf)).float()
+        value_clipped = ((values - batch.values).abs() > (vclip or torch.inf)).float()
         evidence = (-logratio, ratio - 1 - logratio, clipped, unclipped, value_clipped, values)
         metrics = torch.cat((terms, torch.stack(evidence) @ batch.weights))
     return coefs @ terms, metrics
@@ -747,12 +750,27 @@ def ppo_loss(agent: Agent, batch: Batch, coefs: Tensor, args: Args) -> tuple[Ten
 
 
 def make_optimizer(agent: Agent, args: Args) -> torch.optim.Adam:
-    """Adam with two groups: policy and trunk, critic."""
-    actor = {"params": [*agent.trunk.parameters(), *agent.actor.parameters()]}
+    """Adam with two groups: all of the policy, and the critic."""
     critic = {"params": list(agent.critic.parameters())}
+    names = [name for name, _ in agent.named_parameters() if not name.startswith("critic.")]
+    actor = {"params": [agent.get_parameter(name) for name in names]}
     for group, eps in ((actor, args.actor_adam_eps), (critic, args.critic_adam_eps)):
         group["eps"] = args.adam_eps if eps is None else eps
     return torch.optim.Adam([actor, critic], fused=True)
+
+
+def schedule(optimizer: torch.optim.Adam, args: Args, iteration: int, total: int) -> float:
+    """Set the learning rates for iteration 0 to total - 1; returns the weight of the entropy."""
+    rates = (args.actor_learning_rate, args.critic_learning_rate)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        rate = args.learning_rate if rate is None else rate
+        group["lr"] = rate * (1 - iteration / total) if args.anneal_lr else rate
+    return line(args.ent_coef, args.ent_coef_final, iteration, total)
+
+
+def line(first: float, last: float | None, iteration: int, total: int) -> float:
+    """Value at an iteration on the line from the first to the last one; constant without `last`."""
+    return first if last is None else first + (last - first) * iteration / max(total - 1, 1)
 
 
 def update(
@@ -805,19 +823,22 @@ def update(
 # ---- logging
 
 
-def describe(batch: Batch, metrics: Tensor, norm: RunningMeanStd) -> dict[str, float]:
-    """METRICS and what the batch tells, read back at once; values in units of the rewards."""
+def describe(
+    batch: Batch, values: Tensor, metrics: Tensor, norm: RunningMeanStd
+) -> dict[str, float]:
+    """METRICS and what batch and old values [B] tell, read back at once, in the rewards' units."""
     valid = batch.weights > 0
-    advantages, values, targets = batch.advantages[valid], batch.values[valid], batch.targets[valid]
+    advantages, values = batch.advantages[valid], values[valid]
+    targets = batch.targets[valid] * norm.std + norm.mean
+    explained = 1 - (targets - values).var() / targets.var()
     scalars = dict(zip(METRICS, metrics, strict=True)) | {
-        "losses/explained_variance": 1 - (targets - values).var() / targets.var(),
+        "losses/explained_variance": explained.nan_to_num(0, neginf=0),
         "advantages/mean": advantages.mean(),
         "advantages/std": advantages.std(),
         "values/old_mean": values.mean(),
         "values/target_mean": targets.mean(),
     }
-    for tag in ("values/mean", "values/old_mean", "values/target_mean"):
-        scalars[tag] = scalars[tag] * norm.std + norm.mean
+    scalars["values/mean"] = scalars["values/mean"] * norm.std + norm.mean
     return dict(zip(scalars, torch.stack(tuple(scalars.values())).tolist(), strict=True))
 
 
@@ -827,11 +848,16 @@ def log(writer: SummaryWriter, step: int, scalars: dict[str, float]) -> None:
     writer.file_writer.add_summary(Summary(value=values), step)
 
 
+RETURNS = ("charts/return_100", "charts/episodic_return", "eval/episodic_return")
+
+
 def log_hparams(writer: SummaryWriter, args: Args) -> None:
-    """List the run with its flags and its returns in the HPARAMS tab."""
-    plain = (bool, int, float, str)
-    flags = {k: v if isinstance(v, plain) else str(v) for k, v in vars(args).items()}
-    for summary in hparams(flags, {"charts/episodic_return": 0, "eval/episodic_return": 0}):
+    """List the run with its flags and its newest returns in the HPARAMS tab."""
+    flags = {
+        name: value if type(value) in (int, float, str) else str(value)
+        for name, value in vars(args).items()
+    }
+    for summary in hparams(flags, dict.fromkeys(RETURNS, 0)):
         writer.file_writer.add_summary(summary)
 
 
@@ -880,15 +906,26 @@ def environment_seed(seed: int, step: int) -> int:
     return int(np.random.SeedSequence((seed, step)).generate_state(1)[0] >> 1)
 
 
-def check_finite(name: str, rows: np.ndarray | Tensor, step: int) -> None:
-    """End the run if a reward or observation [T, N, ...] after `step` is not finite."""
-    rows = torch.as_tensor(rows)
-    if rows.is_floating_point() and not rows.isfinite().all():
-        t, n = (~rows.isfinite()).nonzero()[0, :2].tolist()
-        fail(f"the {name} of environment {n} is not finite at step {step + t * rows.shape[1]}", 1)
+def find_broken(rollout: Rollout, step: int) -> str | None:
+    """Name the first reward or observation after `step` that is not finite, if there is one."""
+    found = [(t, n, "reward") for t, n in np.argwhere(~np.isfinite(rollout.rewards))]
+    for t, n, obs in rollout.final_obs:
+        if not np.isfinite(obs).all():
+            found.append((t, n, "observation"))
+    if rollout.obs.is_floating_point() and not rollout.obs.isfinite().all():
+        rows = (~rollout.obs.isfinite()).nonzero().tolist()
+        found += [(max(t - 1, 0), n, "observation") for t, n, *_ in rows]
+    if not found:
+        return None
+    t, n, what = min(found)
+    return (
+        f"the {what} of environment {n} is not finite at step {step + t * len(rollout.so_far[0])}"
+    )
 
 
-def train(args: Args, agent: Agent, envs: VectorEnv, reference: Agent | None, state: dict) -> None:
+def train(
+    args: Args, agent: Agent, envs: VectorEnv, seed: int, reference: Agent | None, state: dict
+) -> None:
     """Iterations of rollout, targets and update, from the checkpoint `state` if there is one."""
     device, batch_size = agent.obs_norm.mean.device, args.num_envs * args.num_steps
     num_iterations = args.total_timesteps // batch_size
@@ -897,21 +934,27 @@ def train(args: Args, agent: Agent, envs: VectorEnv, reference: Agent | None, st
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
         torch.set_rng_state(state["rng"])
+        if len(state["cuda_rng"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
     first_step = step = state.get("step", 0)
     beta = state.get("beta", args.kl_coef or float(args.kl_target is not None))
     returns = deque(state.get("returns", ()), maxlen=100)
-    rollout = Rollout(args, envs, device, environment_seed(args.seed, step))
+    rollout = Rollout(args, agent, envs, seed)
 
     run_dir = Path(args.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--run-dir {args.run_dir}: {error}")
     (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
-    writer = SummaryWriter(run_dir, purge_step=step + 1 if state else None)
+    writer = SummaryWriter(run_dir, purge_step=step + 1)
     log_hparams(writer, args)
 
     def save() -> None:
         writer.flush()
         checkpoint = {"args": vars(args) | {"resume": None}, "step": step, "beta": beta}
         checkpoint |= {"returns": list(returns), "rng": torch.get_rng_state()}
+        checkpoint |= {"cuda_rng": torch.cuda.get_rng_state_all()}
         checkpoint |= {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
         save_checkpoint(run_dir / "checkpoint.pt", checkpoint)
 
@@ -926,21 +969,20 @@ def train(args: Args, agent: Agent, envs: VectorEnv, reference: Agent | None, st
     bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=not args.progress)
     start_time = time.perf_counter()
 
-    for iteration in range(step // batch_size, num_iterations):
-        left, ent_coef = 1 - iteration / num_iterations, args.ent_coef
-        rates = (args.actor_learning_rate, args.critic_learning_rate)
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            rate = args.learning_rate if rate is None else rate
-            group["lr"] = rate * left if args.anneal_lr else rate
-        if args.ent_coef_final is not None:
-            ent_coef += (args.ent_coef_final - ent_coef) * iteration / max(num_iterations - 1, 1)
+    def give_up(message: str) -> NoReturn:
+        bar.close()
+        fail(message, 1)
+
+    left = (args.total_timesteps - step) // batch_size
+    for iteration in range(num_iterations - left, num_iterations):
+        ent_coef = schedule(optimizer, args, iteration, num_iterations)
         coefs = torch.tensor([1.0, args.vf_coef, -ent_coef, beta, args.ref_kl_coef], device=device)
 
         collect(agent, envs, rollout, args, interrupted)
         if interrupted:
             break
-        check_finite("reward", rollout.rewards, step)
-        check_finite("observation", rollout.obs[1:], step)
+        if broken := find_broken(rollout, step):
+            give_up(broken)
         episodes = finished_episodes(rollout)
         rollout.signals = learning_signals(agent, rollout, args)
         batch = make_batch(agent, reference, rollout, args)
@@ -948,10 +990,10 @@ def train(args: Args, agent: Agent, envs: VectorEnv, reference: Agent | None, st
         metrics = update(agent, optimizer, rollout, batch, args, coefs, warmup)
 
         step += batch_size
-        scalars = describe(batch, metrics, agent.value_norm)
-        for tag, value in scalars.items():
-            if tag in METRICS and not np.isfinite(value):
-                fail(f"{tag} is {value} in iteration {iteration + 1}", 1)
+        scalars = describe(batch, rollout.values, metrics, agent.value_norm)
+        for tag in METRICS:
+            if not np.isfinite(scalars[tag]):
+                give_up(f"{tag} is {scalars[tag]} in iteration {iteration + 1}")
         scalars |= {"charts/learning_rate": optimizer.param_groups[0]["lr"]}
         scalars |= {"charts/ent_coef": ent_coef, "charts/kl_coef": beta}
         scalars["charts/SPS"] = (step - first_step) / (time.perf_counter() - start_time)
@@ -959,12 +1001,13 @@ def train(args: Args, agent: Agent, envs: VectorEnv, reference: Agent | None, st
             episodic = ("charts/episodic_return", "charts/episodic_length")
             scalars |= zip(episodic, np.mean(episodes, 0), strict=True)
             returns.extend(episode[0] for episode in episodes)
+            scalars["charts/return_100"] = np.mean(returns)
             bar.set_postfix_str(f"return {np.mean(returns):.1f}", refresh=False)
         log(writer, step, scalars)
         bar.update(batch_size)
         if args.kl_target is not None:
             dists = evaluate_rows(agent, batch.obs)[0]
-            kl = (kl_divergence(batch.dists, dists) @ normalize(batch.weights)).item()
+            kl = (agent.kl_divergence(batch.dists, dists) @ normalize(batch.weights)).item()
             beta *= 2.0 if kl > 1.5 * args.kl_target else 0.5 if kl < args.kl_target / 1.5 else 1.0
             beta = min(max(beta, 1e-6), 1e6)
         if args.norm_obs and not agent.pixels:
@@ -985,10 +1028,10 @@ def train(args: Args, agent: Agent, envs: VectorEnv, reference: Agent | None, st
 @torch.no_grad()
 def evaluate(args: Args, agent: Agent, envs: VectorEnv, seed: int, step: int) -> None:
     """Play episodes in one environment; weights and normalisers stay as they are."""
-    rollout = Rollout(args, envs, agent.obs_norm.mean.device, seed)
+    rollout = Rollout(args, agent, envs, seed)
     obs, returns, total = rollout.obs[-1], [], 0.0
     while len(returns) < args.eval_episodes:
-        noise = None if args.eval_deterministic else draw_noise(agent, 1)
+        noise = None if args.eval_deterministic else agent.draw_noise(1)
         obs, reward, terminated, truncated, _ = envs.step(agent.to_env(agent.act(obs, noise)))
         obs = torch.as_tensor(obs, dtype=rollout.obs.dtype, device=rollout.obs.device)
         total += float(reward[0])
@@ -1003,6 +1046,10 @@ def evaluate(args: Args, agent: Agent, envs: VectorEnv, seed: int, step: int) ->
 
 def open_envs(args: Args, num_envs: int, seed: int, video_dir: str | None = None) -> VectorEnv:
     """`make_envs`, or the end of the process with one line if these environments cannot be made."""
+    try:
+        dict(**json.loads(args.env_kwargs))
+    except (TypeError, ValueError) as error:
+        fail(f"--env-kwargs {args.env_kwargs}: must be a JSON object ({error})")
     try:
         envs = make_envs(args, num_envs, seed, video_dir)
     except Exception as error:
@@ -1022,47 +1069,44 @@ def main() -> None:
         flag = "eval" if args.eval else "resume"
         state = load_checkpoint(flag, args.resume or args.eval)
         args = parse_args(state["args"])
-    check_args(args)
-    one = open_envs(
-        args if args.vectorization != "async" else replace(args, vectorization="sync"), 1, 0
-    )
+    single = "sync" if args.vectorization == "async" else args.vectorization
+    one = open_envs(replace(args, vectorization=single), 1, 0)
     obs_space, action_space = one.single_observation_space, one.single_action_space
     one.close()
     if is_pixels(obs_space) and not state:
         args = parse_args(replace(Args(), **PIXEL_DEFAULTS))
-        check_args(args)
+    check_args(args)
 
     torch.set_num_threads(args.torch_threads)
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    random.seed(args.seed)
-    np.random.seed(args.seed)
+    step = state.get("step", 0)
+    seed = environment_seed(args.seed, step)
+    random.seed(seed)
+    np.random.seed(seed)
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     agent, reference = Agent(args, obs_space, action_space).to(device), None
-    if args.ref_checkpoint:
-        reference = copy.deepcopy(agent)
-        load_agent(
-            "ref-checkpoint",
-            load_checkpoint("ref-checkpoint", args.ref_checkpoint),
-            reference,
-            args,
-        )
-    step = state.get("step", 0)
+    if args.ref_checkpoint and not args.eval:
+        saved = load_checkpoint("ref-checkpoint", args.ref_checkpoint)
+        reference = Agent(saved["args"], obs_space, action_space).to(device)
+        load_agent("ref-checkpoint", saved, reference, args)
     if state:
         load_agent(flag, state, agent, args)
     if args.resume and step + args.num_envs * args.num_steps > args.total_timesteps:
         fail(f"--resume {args.resume}: it is complete at step {step}; raise --total-timesteps")
     names = {"env": args.env_id, "exp": args.exp_name, "seed": args.seed, "time": int(time.time())}
-    args.run_dir = args.run_dir.format(**names)
-    if not state and Path(args.run_dir, "checkpoint.pt").exists():
+    for name, value in names.items():
+        args.run_dir = args.run_dir.replace(f"{{{name}}}", str(value))
+    if set("{}") & set(args.run_dir):
+        fail(f"--run-dir {args.run_dir}: only {' '.join(names)} may stand in braces")
+    if not state and Path(args.run_dir, "args.json").exists():
         fail(f"--run-dir {args.run_dir}: holds a run; --resume it or name another directory")
     video_dir = f"{args.run_dir}/videos" if args.capture_video else None
-    seed = environment_seed(args.seed, step)
     envs = open_envs(args, 1 if args.eval else args.num_envs, seed, video_dir)
     if args.eval:
         evaluate(args, agent, envs, seed, step)
     else:
-        train(args, agent, envs, reference, state)
+        train(args, agent, envs, seed, reference, state)
     envs.close()
 
 

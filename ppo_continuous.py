@@ -1,0 +1,1169 @@
+"""Proximal Policy Optimization for continuous actions, in one file.
+
+train      python ppo_continuous.py --env-id Hopper-v5 --seed 2
+compare    tensorboard --logdir runs
+resume     python ppo_continuous.py --resume runs/RUN [--total-timesteps 2000000]
+evaluate   python ppo_continuous.py --eval runs/RUN --eval-episodes 20 [--capture-video]
+
+Where to edit: networks in `Agent`, the distribution in the functions above it, the objective in
+`ppo_loss`, environments and their preprocessing in `make_env`, schedules at the top of the loop in
+`train`. A copy under another name runs as it is.
+
+Shapes: T = num_steps, N = num_envs, B = T * N rows of a rollout, K = num_minibatches,
+M = B / K rows of a minibatch, O and A = shapes of an observation and of an action, D = numbers
+that describe a distribution (here two for each of the action's).
+"""
+
+import contextlib
+import importlib
+import io
+import json
+import math
+import multiprocessing
+import os
+import random
+import re
+import signal
+import sys
+import time
+import zipfile
+from collections import deque
+from dataclasses import dataclass, replace
+from functools import partial
+from inspect import getsource
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from gymnasium import spaces
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch import Tensor, nn
+from torch.distributions import Beta, kl_divergence
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+from tqdm import tqdm
+
+FloatOrNone = Annotated[
+    float | None,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="FLOAT|none",
+        instance_from_str=lambda words: None if words[0].lower() == "none" else float(words[0]),
+        is_instance=lambda value: value is None or isinstance(value, (int, float)),
+        str_from_instance=lambda value: ["none" if value is None else str(value)],
+    ),
+]
+
+
+@dataclass
+class Args:
+    # runs
+    exp_name: str = Path(__file__).stem
+    """name of the experiment, part of the run's directory"""
+    seed: int = 1
+    """seed of networks, actions, minibatches and environments"""
+    torch_deterministic: bool = True
+    """deterministic cuDNN kernels"""
+    cuda: bool = True
+    """use the GPU if there is one"""
+    capture_video: bool = False
+    """record the first environment into RUN/videos (needs moviepy)"""
+    run_dir: str = "runs/{env}__{exp}__{seed}__{time}"
+    """directory of the run; the names in braces are filled in"""
+    progress: bool = True
+    """show the progress bar"""
+    checkpoint_every: int = 100
+    """iterations between checkpoints; 0: only at the end"""
+    resume: str | None = None
+    """go on with this run (directory or checkpoint) under its own flags, but for those given"""
+    eval: str | None = None
+    """evaluate this run (directory or checkpoint) instead of training"""
+    eval_episodes: int = 10
+    """episodes of an evaluation"""
+    eval_deterministic: bool = True
+    """evaluate the most probable action instead of a sampled one"""
+    # environment
+    env_id: str = "HalfCheetah-v5"
+    """Gymnasium id; `module:Id` imports the module first"""
+    env_kwargs: str = "{}"
+    """JSON object of keyword arguments for the environment"""
+    vectorization: Literal["sync", "async", "native", "envpool"] = "sync"
+    """one process, a process each, the environment's own vector version, or envpool's"""
+    num_envs: int = 1
+    """environments that are stepped side by side (N)"""
+    num_steps: int = 2048
+    """steps of every environment in a rollout (T)"""
+    total_timesteps: int = 1_000_000
+    """environment steps of the whole run"""
+    episodic_life: bool = True
+    """Atari: a lost life ends the chain of rewards, the game goes on"""
+    sign_reward: bool = True
+    """Atari: learn from the sign of the reward"""
+    # network
+    hidden_sizes: tuple[int, ...] = (64, 64)
+    """widths of the hidden layers; pixels use the Nature CNN instead"""
+    activation: Literal["tanh", "relu", "elu", "gelu", "silu"] = "tanh"
+    """activation between the layers"""
+    ortho_init: bool = True
+    """orthogonal weights and zero biases instead of PyTorch's initialisation"""
+    shared_network: bool = False
+    """one trunk under policy and value instead of two networks; pixels: on"""
+    # distribution
+    distribution: Literal["gaussian", "beta"] = "gaussian"
+    """Gaussian, clipped on the way into the environment, or beta over the bounds of the actions"""
+    std: Literal["fixed", "independent", "state"] = "independent"
+    """deviation of the Gaussian: constant, a parameter, or from the network"""
+    log_std_init: float = 0.0
+    """logarithm of the deviation at the start"""
+    log_std_final: FloatOrNone = None
+    """its value in the last iteration, linear between (std fixed); none: constant"""
+    # normalisers
+    norm_obs: bool = True
+    """standardise observations by running statistics"""
+    clip_obs: FloatOrNone = 10.0
+    """standardised observations are clipped to plus or minus this"""
+    norm_reward: bool = True
+    """divide rewards by the running deviation of the discounted return"""
+    clip_reward: FloatOrNone = 10.0
+    """normalised rewards are clipped to plus or minus this"""
+    norm_value: Literal["none", "running", "popart"] = "none"
+    """the critic predicts standardised targets; popart also keeps its outputs as they were"""
+    norm_adv: bool = True
+    """standardise advantages"""
+    norm_adv_scope: Literal["minibatch", "batch"] = "minibatch"
+    """rows whose mean and deviation standardise the advantages"""
+    # targets
+    gamma: float = 0.99
+    """discount"""
+    gae_lambda: float = 0.95
+    """lambda of generalised advantage estimation"""
+    value_target: Literal["gae", "mc", "td"] = "gae"
+    """advantage plus value, discounted return, or one step and the next value"""
+    recompute_advantages: bool = False
+    """advantages and targets anew from the current critic before every epoch"""
+    bootstrap_truncated: bool = True
+    """a truncated episode goes on with V(final observation); off: it counts as terminated"""
+    # policy loss
+    clip_coef: FloatOrNone = 0.2
+    """clip of the probability ratio; none: unclipped"""
+    dual_clip_coef: FloatOrNone = None
+    """floor of the surrogate, in advantages, where the advantage is negative (above 1)"""
+    kl_coef: float = 0.0
+    """beta of the penalty beta * KL(old, new); its first value with kl-target (0: starts at 1)"""
+    kl_target: FloatOrNone = None
+    """KL at which beta is held: it doubles above 1.5 x this and halves below this / 1.5"""
+    target_kl: FloatOrNone = None
+    """an epoch whose mean approximate KL is above this is the policy's last"""
+    ref_checkpoint: str | None = None
+    """checkpoint of a reference policy"""
+    ref_kl_coef: float = 0.0
+    """weight of KL(policy, reference)"""
+    # value loss
+    vf_coef: float = 0.5
+    """weight of the value loss"""
+    clip_vloss: bool = True
+    """larger of the losses with and without the value clipped around the old one"""
+    vclip_coef: FloatOrNone = None
+    """clip of the value, in standardised units with norm-value; none: clip-coef"""
+    value_loss: Literal["mse", "huber"] = "mse"
+    """half the squared error, or that with linear tails"""
+    # entropy
+    ent_coef: float = 0.0
+    """weight of the entropy bonus"""
+    ent_coef_final: FloatOrNone = None
+    """its value in the last iteration, linear between; none: constant"""
+    # optimiser
+    learning_rate: float = 3e-4
+    """learning rate of Adam"""
+    actor_learning_rate: FloatOrNone = None
+    """learning rate of policy and trunk; none: learning-rate"""
+    critic_learning_rate: FloatOrNone = None
+    """learning rate of the critic; none: learning-rate"""
+    anneal_lr: bool = True
+    """learning rates fall linearly to zero"""
+    adam_eps: float = 1e-5
+    """epsilon of Adam"""
+    actor_adam_eps: FloatOrNone = None
+    """epsilon of policy and trunk; none: adam-eps"""
+    critic_adam_eps: FloatOrNone = None
+    """epsilon of the critic; none: adam-eps"""
+    max_grad_norm: FloatOrNone = 0.5
+    """norm to which the gradient is clipped; none: unclipped"""
+    num_minibatches: int = 32
+    """minibatches an epoch"""
+    update_epochs: int = 10
+    """epochs over every rollout"""
+    critic_epochs: int = 0
+    """further epochs that train the critic alone"""
+    critic_warmup_iterations: int = 0
+    """first iterations that train the critic alone"""
+    # speed
+    compile: bool = False
+    """compile the loss and the policy (torch.compile; takes up to a minute at the start)"""
+    torch_threads: int = 1
+    """threads of PyTorch on the CPU"""
+
+
+PIXEL_DEFAULTS = dict(shared_network=True)
+ACTIVATIONS = dict(tanh=nn.Tanh, relu=nn.ReLU, elu=nn.ELU, gelu=nn.GELU, silu=nn.SiLU)
+RANGES = {  # smallest and largest value of the flags
+    (1, 2**31): "num_envs num_steps num_minibatches update_epochs eval_episodes torch_threads",
+    (0, 2**31): "seed checkpoint_every critic_epochs critic_warmup_iterations",
+    (0, 1): "gamma gae_lambda",
+    (0, 1e9): "ent_coef ent_coef_final vf_coef kl_coef ref_kl_coef learning_rate "
+    "actor_learning_rate critic_learning_rate",
+    (1e-12, 1e9): "clip_coef vclip_coef kl_target target_kl max_grad_norm clip_obs clip_reward "
+    "adam_eps actor_adam_eps critic_adam_eps",
+    (1.000001, 1e9): "dual_clip_coef",
+    (-20, 2): "log_std_init log_std_final",
+}
+OTHER_SCRIPTS = {"Discrete": "ppo_discrete.py", "MultiDiscrete": "ppo_multidiscrete_mask.py"}
+
+
+def fail(message: object, code: int = 2) -> NoReturn:
+    """End the process with one line: 2 for a wrong flag, 1 for a run that cannot go on."""
+    print("error:", " ".join(str(message).split()), file=sys.stderr)
+    raise SystemExit(code)
+
+
+def parse_args(default: Args | None = None) -> Args:
+    """Flags of the command line over `default`; comments in `Args` become headings of --help."""
+    out = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+            return tyro.cli(Args, default=default, description="")
+    except SystemExit as stop:
+        text = out.getvalue()
+        if stop.code:
+            fail(re.split("-{20,}", text)[1])
+        for title, field in re.findall(r"    # (.+)\n    (\w+):", getsource(Args)):
+            flag = field.replace("_", "-")
+            text = re.sub(rf"(?m)^  --{flag}(?=[ ,])", rf"\n {title}\n\g<0>", text)
+        print(f"{__doc__}\n{text}")
+        raise
+
+
+def check_args(args: Args) -> None:
+    """Refuse flags that no run could follow."""
+    for (low, high), names in RANGES.items():
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not low <= value <= high:
+                fail(f"--{name.replace('_', '-')} {value}: must lie between {low:g} and {high:g}")
+    steps = args.num_envs * args.num_steps
+    rollout = f"the {steps} steps of a rollout (num-envs x num-steps)"
+    if args.total_timesteps < steps:
+        fail(f"--total-timesteps {args.total_timesteps}: fewer than {rollout}")
+    if steps % args.num_minibatches:
+        fail(f"--num-minibatches {args.num_minibatches}: must divide {rollout}")
+    if min(args.hidden_sizes, default=1) < 1:
+        fail(f"--hidden-sizes {args.hidden_sizes}: must all be 1 or more")
+    if args.ref_kl_coef and not args.ref_checkpoint:
+        fail(f"--ref-kl-coef {args.ref_kl_coef}: needs --ref-checkpoint")
+    if args.capture_video and args.vectorization in ("native", "envpool"):
+        fail(f"--capture-video: needs --vectorization sync or async, not {args.vectorization}")
+
+
+# ---- environments
+
+
+def is_pixels(space: spaces.Space) -> bool:
+    """Whether the Nature CNN can read it: bytes in three dimensions, 36 x 36 or larger."""
+    return space.dtype == np.uint8 and len(space.shape) == 3 and sorted(space.shape)[1] >= 36
+
+
+def is_flat(space: spaces.Space) -> bool:
+    """Whether the networks can read it as it is."""
+    return isinstance(space, spaces.Box) and (len(space.shape) == 1 or is_pixels(space))
+
+
+class FireReset(gym.Wrapper):
+    """Presses FIRE at the start of an Atari game that waits for it."""
+
+    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
+        """Observation and info after the first FIRE."""
+        self.env.reset(**kwargs)
+        obs, _, _, _, info = self.env.step(1)
+        return obs, info
+
+
+def make_env(args: Args, video_dir: str | None = None) -> gym.Env:
+    """One environment whose observations are vectors or pixels.
+
+    Atari is preprocessed as in "The 37 Implementation Details of PPO" (Huang et al. 2022), except
+    that lost lives and signs of rewards are left to `learning_signals`.
+    """
+    if multiprocessing.parent_process():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    kwargs = json.loads(args.env_kwargs)
+    atari = is_atari(args)
+    if atari:
+        kwargs["frameskip"] = 1
+    if video_dir:
+        importlib.import_module("moviepy")
+        kwargs["render_mode"] = "rgb_array"
+    env = gym.make(args.env_id, **kwargs)
+    if video_dir:
+        wanted = (lambda episode: episode < args.eval_episodes) if args.eval else None
+        prefix = "eval" if args.eval else "train"
+        env = gym.wrappers.RecordVideo(env, video_dir, wanted, name_prefix=prefix)
+    if atari:
+        env = gym.wrappers.AtariPreprocessing(env)
+        if env.unwrapped.get_action_meanings()[1] == "FIRE":
+            env = FireReset(env)
+        env = gym.wrappers.FrameStackObservation(env, 4)
+    return env if is_flat(env.observation_space) else gym.wrappers.FlattenObservation(env)
+
+
+def is_atari(args: Args) -> bool:
+    """Whether it is one of ale-py's environments, which this registers."""
+    atari = "ALE/" in args.env_id or "NoFrameskip" in args.env_id
+    if atari:
+        gym.register_envs(importlib.import_module("ale_py"))
+    return atari
+
+
+def make_envs(args: Args, num_envs: int, seed: int, video_dir: str | None = None) -> VectorEnv:
+    """`num_envs` environments side by side that reset in the same or in the next step."""
+    if args.vectorization in ("sync", "async"):
+        fns = [partial(make_env, args, None if i else video_dir) for i in range(num_envs)]
+        if args.vectorization == "sync":
+            return SyncVectorEnv(fns, copy=False, autoreset_mode="SameStep")
+        return AsyncVectorEnv(fns, copy=False, autoreset_mode="SameStep", context="forkserver")
+    kwargs = json.loads(args.env_kwargs)
+    if args.vectorization == "envpool":
+        envpool = importlib.import_module("envpool")
+        envs = envpool.make_gymnasium(args.env_id, num_envs=num_envs, seed=seed, **kwargs)
+    else:
+        if is_atari(args):
+            kwargs = {"frameskip": 4, "reward_clipping": False} | kwargs
+        envs = gym.make_vec(args.env_id, num_envs, "vector_entry_point", **kwargs)
+    mode = envs.metadata.get("autoreset_mode")
+    if mode not in (AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP):
+        raise ValueError(f"autoreset mode {mode}; it must be SAME_STEP or NEXT_STEP")
+    if is_flat(envs.single_observation_space):
+        return envs
+    return gym.wrappers.vector.FlattenObservation(envs)
+
+
+# ---- statistics
+
+
+class RunningMeanStd(nn.Module):
+    """Running mean and standard deviation of all rows given to `advance`.
+
+    Merged as by Chan et al. (1979) in float64, with an int64 count. `mean` and `std`, which
+    normalise, are float32 copies, and 0 and 1 before the first rows.
+    """
+
+    def __init__(self, shape: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("centre", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("squares", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("std", torch.ones(shape))
+
+    @torch.no_grad()
+    def advance(self, rows: Tensor) -> None:
+        """Take in rows [n, *shape]."""
+        rows, n = rows.double(), len(rows)
+        if n == 0:
+            return
+        total, delta = self.count + n, rows.mean(0) - self.centre
+        self.squares += (rows - rows.mean(0)).square().sum(0) + delta**2 * self.count * n / total
+        self.centre += delta * n / total
+        self.count += n
+        self.mean.copy_(self.centre)
+        self.std.copy_((self.squares / self.count + 1e-8).sqrt())
+
+    def normalize(self, rows: Tensor) -> Tensor:
+        """Rows [..., *shape] less the mean, over the deviation."""
+        return (rows - self.mean) / self.std
+
+
+# ---- Agent
+
+
+class Agent(nn.Module):
+    """Policy and value networks and the normalisers that go with them."""
+
+    def __init__(self, args: Args, obs_space: spaces.Box, action_space: spaces.Box) -> None:
+        super().__init__()
+        shape, self.pixels = obs_space.shape, is_pixels(obs_space)
+        self.channels_last = self.pixels and shape[-1] < shape[0]
+        self.clip_obs, self.norm_obs = args.clip_obs, args.norm_obs and not self.pixels
+        self.low, self.high = action_space.low.flatten(), action_space.high.flatten()
+        self.action_shape, self.action_dtype = self.low.shape, torch.float32
+        self.space_shape, self.beta = action_space.shape, args.distribution == "beta"
+        self.std, self.log_std_init = args.std, args.log_std_init
+        self.obs_norm = RunningMeanStd(() if self.pixels else shape)
+        self.reward_norm, self.value_norm = RunningMeanStd(), RunningMeanStd()
+
+        def init(layer: nn.Module, gain: float = 2**0.5) -> nn.Module:
+            if args.ortho_init:
+                nn.init.orthogonal_(layer.weight, gain)
+                nn.init.zeros_(layer.bias)
+            return layer
+
+        def body() -> list[nn.Module]:
+            if not self.pixels:
+                sizes, activate = (*shape, *args.hidden_sizes), ACTIVATIONS[args.activation]
+                return [m for pair in pairwise(sizes) for m in (init(nn.Linear(*pair)), activate())]
+            frame = self.preprocess(torch.zeros(1, *shape, dtype=torch.uint8))
+            conv = [init(nn.Conv2d(frame.shape[1], 32, 8, 4)), nn.ReLU()]
+            conv += [init(nn.Conv2d(32, 64, 4, 2)), nn.ReLU()]
+            conv += [init(nn.Conv2d(64, 64, 3, 1)), nn.ReLU(), nn.Flatten()]
+            return [*conv, init(nn.Linear(nn.Sequential(*conv)(frame).shape[1], 512)), nn.ReLU()]
+
+        width = 512 if self.pixels else (*shape, *args.hidden_sizes)[-1]
+        trunk, actor, critic = (body(), [], []) if args.shared_network else ([], body(), body())
+        self.trunk = nn.Sequential(*trunk)
+        outputs = (2 if self.beta or args.std == "state" else 1) * len(self.low)
+        self.actor = nn.Sequential(*actor, init(nn.Linear(width, outputs), 0.01))
+        log_std = torch.full(self.low.shape, args.log_std_init)
+        self.log_std = nn.Parameter(log_std, requires_grad=args.std == "independent")
+        self.critic = nn.Sequential(*critic, init(nn.Linear(width, 1), 1.0))
+
+    def preprocess(self, obs: Tensor) -> Tensor:
+        """Observations [n, *O] as the networks read them."""
+        if self.pixels:
+            return (obs.movedim(-1, 1) if self.channels_last else obs) / 255.0
+        if self.norm_obs:
+            obs = self.obs_norm.normalize(obs)
+            return obs if self.clip_obs is None else obs.clamp(-self.clip_obs, self.clip_obs)
+        return obs
+
+    def act(self, obs: Tensor, noise: Tensor | None) -> Tensor:
+        """Actions [n, *A] for observations [n, *O], drawn with `noise`; without it the mode."""
+        dist = self.distribution(self.trunk(self.preprocess(obs)))
+        return self.mode(dist) if noise is None else self.sample(dist, noise)
+
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """Distributions [n, D] and the critic's outputs [n] for observations [n, *O]."""
+        features = self.trunk(self.preprocess(obs))
+        return self.distribution(features), self.critic(features).squeeze(-1)
+
+    def distribution(self, features: Tensor) -> Tensor:
+        """Means and log-deviations, or both parameters of betas, [n, 2A]."""
+        outputs = self.actor(features)
+        if self.beta:
+            return 1 + F.softplus(outputs)
+        if self.std == "state":
+            mean, log_std = outputs.chunk(2, -1)
+            return torch.cat((mean, (log_std + self.log_std_init).clamp(-20, 2)), -1)
+        return torch.cat((outputs, self.log_std.expand_as(outputs)), -1)
+
+    def draw_noise(self, *shape: int) -> Tensor:
+        """Standard normal noise [*shape, A]."""
+        return torch.randn(*shape, *self.action_shape, device=self.obs_norm.mean.device)
+
+    def sample(self, dist: Tensor, noise: Tensor) -> Tensor:
+        """Actions [..., A] drawn with normal noise [..., A], which a beta has no use for."""
+        first, second = dist.chunk(2, -1)
+        return Beta(first, second).sample() if self.beta else first + second.exp() * noise
+
+    def mode(self, dist: Tensor) -> Tensor:
+        """Most probable actions [..., A]; the middle where a beta has no peak."""
+        first, second = dist.chunk(2, -1)
+        return (first - 1 + 1e-6) / (first + second - 2 + 2e-6) if self.beta else first
+
+    def log_prob(self, dist: Tensor, actions: Tensor) -> Tensor:
+        """Log-densities [...] of unclipped actions [..., A], summed over their dimensions."""
+        first, second = dist.chunk(2, -1)
+        if self.beta:
+            inside = actions.clamp(1e-6, 1 - 1e-6)  # finite at the end points
+            return Beta(first, second).log_prob(inside).sum(-1)
+        scaled = (actions - first) * (-second).exp()
+        return -(0.5 * scaled.square() + second + 0.5 * math.log(2 * math.pi)).sum(-1)
+
+    def entropy(self, dist: Tensor) -> Tensor:
+        """Differential entropies [...] in nats, summed over the action's dimensions."""
+        first, second = dist.chunk(2, -1)
+        if self.beta:
+            return Beta(first, second).entropy().sum(-1)
+        return (second + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+
+    def kl_divergence(self, p: Tensor, q: Tensor) -> Tensor:
+        """Exact KL(p, q) [...] in nats, summed over the action's dimensions."""
+        (first, second), (other_first, other_second) = p.chunk(2, -1), q.chunk(2, -1)
+        if self.beta:
+            return kl_divergence(Beta(first, second), Beta(other_first, other_second)).sum(-1)
+        squares = (2 * second).exp() + (first - other_first).square()
+        return (other_second - second + 0.5 * squares * (-2 * other_second).exp() - 0.5).sum(-1)
+
+    def to_env(self, actions: Tensor) -> np.ndarray:
+        """Actions [n, A] as the environment takes them: within its bounds and in its shape."""
+        actions = actions.cpu().numpy()
+        if self.beta:
+            actions = self.low + (self.high - self.low) * actions
+        return np.minimum(np.maximum(actions, self.low), self.high).reshape(-1, *self.space_shape)
+
+    def deviation(self, dist: Tensor) -> Tensor:
+        """Standard deviations [..., A] of the actions, in the environment's units."""
+        first, second = dist.chunk(2, -1)
+        if self.beta:
+            return Beta(first, second).stddev * torch.as_tensor(self.high - self.low)
+        return second.exp()
+
+    @torch.no_grad()
+    def advance_value_norm(self, targets: Tensor, popart: bool) -> None:
+        """Take in targets [n]; PopArt (van Hasselt et al. 2016) then keeps all values as is."""
+        old_mean, old_std = self.value_norm.mean.clone(), self.value_norm.std.clone()
+        self.value_norm.advance(targets)
+        if popart:
+            head, mean, std = self.critic[-1], self.value_norm.mean, self.value_norm.std
+            head.weight.mul_(old_std / std)
+            head.bias.copy_((head.bias * old_std + old_mean - mean) / std)
+
+
+# ---- rollout
+
+
+class Rollout:
+    """Buffers that `collect` fills, and what one rollout leaves for the next."""
+
+    def __init__(self, args: Args, agent: Agent, envs: VectorEnv, seed: int) -> None:
+        space, steps, rows = envs.single_observation_space, args.num_steps, args.num_steps + 1
+        dtype, n = torch.uint8 if agent.pixels else torch.float32, envs.num_envs
+        device, action = agent.obs_norm.mean.device, agent.action_dtype
+        self.obs = torch.zeros(rows, n, *space.shape, dtype=dtype, device=device)
+        self.actions = torch.zeros(steps, n, *agent.action_shape, dtype=action, device=device)
+        self.rewards, self.lives = np.zeros((steps, n)), np.zeros((rows, n), np.int64)
+        self.terminated, self.truncated = np.zeros((2, steps, n), bool)
+        self.valid = np.ones((rows, n), bool)
+        self.final_obs: list[tuple[int, int, np.ndarray]] = []
+        self.so_far = np.zeros((2, n))  # return and length of the episodes under way
+        self.discounted = torch.zeros(n, device=device)  # their discounted returns
+        self.signals: tuple[Tensor, ...] = ()  # of `learning_signals`
+        self.values = torch.zeros(0)  # [B] of `make_batch`, in units of the rewards
+        obs, infos = envs.reset(**({} if args.vectorization == "envpool" else {"seed": seed}))
+        self.obs[-1], self.lives[-1] = torch.as_tensor(obs), infos.get("lives", 0)
+        self.atari = agent.pixels and "lives" in infos
+
+
+@torch.no_grad()
+def collect(
+    agent: Agent, envs: VectorEnv, rollout: Rollout, args: Args, interrupted: list[int]
+) -> None:
+    """Step every environment T times, or until interrupted."""
+    act = torch.compile(agent.act) if args.compile else agent.act
+    rollout.obs[0] = rollout.obs[-1]
+    rollout.valid[0], rollout.lives[0] = rollout.valid[-1], rollout.lives[-1]
+    rollout.final_obs.clear()
+    noise = agent.draw_noise(*rollout.rewards.shape)
+    for t, row in enumerate(noise):
+        if interrupted:
+            return
+        actions = rollout.actions[t] = act(rollout.obs[t], row)
+        obs, rewards, terminated, truncated, infos = envs.step(agent.to_env(actions))
+        rollout.obs[t + 1] = torch.as_tensor(obs)
+        rollout.rewards[t] = rewards
+        rollout.terminated[t], rollout.truncated[t] = terminated, truncated
+        if "final_obs" in infos:
+            ends = np.flatnonzero(truncated & ~terminated)
+            rollout.final_obs += [(t, n, infos["final_obs"][n]) for n in ends]
+        rollout.lives[t + 1] = infos.get("lives", 0)
+    if envs.metadata["autoreset_mode"] == AutoresetMode.NEXT_STEP:
+        rollout.valid[1:] = ~(rollout.terminated | rollout.truncated)
+
+
+def finished_episodes(rollout: Rollout) -> list[tuple[float, int]]:
+    """Return and length of every episode that ended in the rollout."""
+    sums = np.stack((rollout.rewards, rollout.valid[:-1])).cumsum(1) + rollout.so_far[:, None]
+    episodes, start = [], np.zeros_like(rollout.so_far)
+    for t, n in np.argwhere(rollout.terminated | rollout.truncated):
+        total, length = sums[:, t, n] - start[:, n]
+        episodes.append((float(total), int(length)))
+        start[:, n] = sums[:, t, n]
+    rollout.so_far = sums[:, -1] - start
+    return episodes
+
+
+@torch.no_grad()
+def evaluate_rows(agent: Agent, obs: Tensor) -> tuple[Tensor, Tensor]:
+    """Distributions [n, D] and values [n], in units of the rewards, for observations [n, *O]."""
+    dists, outputs = zip(*map(agent, obs.split(1024)), strict=True)
+    return torch.cat(dists), torch.cat(outputs) * agent.value_norm.std + agent.value_norm.mean
+
+
+# ---- targets
+
+
+def discounted_sum(terms: Tensor, decay: Tensor) -> Tensor:
+    """y[t] = terms[t] + decay[t] * y[t + 1], with 0 after the last row; all [T, N]."""
+    rows = [torch.zeros_like(terms[0])]
+    for term, factor in zip(terms.flip(0), decay.flip(0), strict=True):
+        rows.append(torch.addcmul(term, factor, rows[-1]))
+    return torch.stack(rows[:0:-1])
+
+
+def compute_gae(
+    rewards: Tensor, values: Tensor, next_values: Tensor, ended: Tensor, gamma: float, lam: float
+) -> Tensor:
+    """Generalised advantages (Schulman et al. 2016, eq. 16), cut where `ended`; all [T, N].
+
+    `next_values`: 0 after a termination, else the value of the observation that the step led to.
+    """
+    return discounted_sum(rewards + gamma * next_values - values, gamma * lam * ~ended)
+
+
+def compute_returns(rewards: Tensor, next_values: Tensor, ended: Tensor, gamma: float) -> Tensor:
+    """Discounted returns, bootstrapped where an episode or the rollout is cut; all [T, N]."""
+    cut = ended.clone()
+    cut[-1] = True
+    return discounted_sum(rewards + gamma * next_values * cut, gamma * ~cut)
+
+
+def scale_rewards(
+    agent: Agent, rollout: Rollout, rewards: Tensor, ended: Tensor, args: Args
+) -> Tensor:
+    """Rewards [T, N] over the running deviation of the discounted return; signs stay."""
+    terms, goes_on = rewards.clone(), torch.ones_like(rewards)
+    terms[0] += args.gamma * rollout.discounted
+    goes_on[1:] -= ended[:-1].float()
+    discounted = discounted_sum(terms.flip(0), args.gamma * goes_on.flip(0)).flip(0)
+    rollout.discounted = discounted[-1] * ~ended[-1]
+    agent.reward_norm.advance(discounted[torch.as_tensor(rollout.valid[:-1])])
+    limit = torch.inf if args.clip_reward is None else args.clip_reward
+    return (rewards / agent.reward_norm.std).clamp(-limit, limit)
+
+
+def learning_signals(agent: Agent, rollout: Rollout, args: Args) -> tuple[Tensor, Tensor, Tensor]:
+    """Rewards to learn from, and where chains of them terminate or are truncated; all [T, N]."""
+    rewards, terminated, truncated = rollout.rewards, rollout.terminated, rollout.truncated
+    if rollout.atari and args.episodic_life:
+        terminated = terminated | (rollout.lives[1:] < rollout.lives[:-1])
+    if rollout.atari and args.sign_reward:
+        rewards = np.sign(rewards)
+    if not args.bootstrap_truncated:
+        terminated = terminated | truncated
+    signals = (rewards.astype(np.float32), terminated, truncated)
+    rewards, terminated, truncated = (
+        torch.as_tensor(x, device=rollout.obs.device) for x in signals
+    )
+    if args.norm_reward:
+        rewards = scale_rewards(agent, rollout, rewards, terminated | truncated, args)
+    return rewards, terminated, truncated
+
+
+def estimate(agent: Agent, rollout: Rollout, args: Args) -> tuple[Tensor, ...]:
+    """Distributions [B, D], values, advantages and value targets [B] under the present agent."""
+    rewards, terminated, truncated = rollout.signals
+    dists, values = evaluate_rows(agent, rollout.obs.flatten(0, 1))
+    values = values.view(rollout.valid.shape)
+    next_values = values[1:].clone()  # NEXT_STEP: the row after an end holds its last observation
+    if rollout.final_obs:
+        t, n, obs = zip(*rollout.final_obs, strict=True)
+        obs = torch.as_tensor(np.stack(obs), dtype=rollout.obs.dtype, device=values.device)
+        next_values[t, n] = evaluate_rows(agent, obs)[1]
+    values, next_values, ended = values[:-1], next_values * ~terminated, terminated | truncated
+    advantages = compute_gae(rewards, values, next_values, ended, args.gamma, args.gae_lambda)
+    if args.value_target == "gae":
+        targets = advantages + values
+    elif args.value_target == "mc":
+        targets = compute_returns(rewards, next_values, ended, args.gamma)
+    else:
+        targets = rewards + args.gamma * next_values
+    return dists[: values.numel()], values.flatten(), advantages.flatten(), targets.flatten()
+
+
+# ---- losses
+
+
+class Batch(NamedTuple):
+    """Rows [B, ...] of a rollout, its minibatches [K, M, ...], or one of them [M, ...]."""
+
+    obs: Tensor
+    actions: Tensor
+    logprobs: Tensor
+    dists: Tensor
+    ref_dists: Tensor
+    advantages: Tensor
+    targets: Tensor  # in the units of the critic's outputs, as are the old values
+    values: Tensor
+    weights: Tensor  # 0 where the row is no step
+
+
+def make_batch(agent: Agent, reference: Agent | None, rollout: Rollout, args: Args) -> Batch:
+    """What the update needs of a rollout; advances the value normaliser."""
+    dists, values, advantages, targets = estimate(agent, rollout, args)
+    rollout.values = values
+    obs, actions = rollout.obs[:-1].flatten(0, 1), rollout.actions.flatten(0, 1)
+    valid = torch.as_tensor(rollout.valid[:-1], device=obs.device).flatten()
+    outputs = agent.value_norm.normalize(values)
+    if args.norm_value != "none":
+        agent.advance_value_norm(targets[valid], args.norm_value == "popart")
+    if args.norm_value == "popart":
+        outputs = agent.value_norm.normalize(values)
+    return Batch(
+        obs=obs,
+        actions=actions,
+        logprobs=agent.log_prob(dists, actions),
+        dists=dists,
+        ref_dists=evaluate_rows(reference, obs)[0] if reference else dists,
+        advantages=advantages,
+        targets=agent.value_norm.normalize(targets),
+        values=outputs,
+        weights=valid.float(),
+    )
+
+
+def normalize(weights: Tensor) -> Tensor:
+    """Weights [..., M] that sum to 1, or to 0 if all are 0."""
+    return weights / weights.sum(-1, keepdim=True).clamp(min=1e-8)
+
+
+def standardize(advantages: Tensor, weights: Tensor) -> Tensor:
+    """Advantages [..., M] less their mean, over their deviation, among rows of weight > 0."""
+    weights, count = normalize(weights), (weights > 0).sum(-1, keepdim=True)
+    centred = advantages - (weights * advantages).sum(-1, keepdim=True)
+    variance = (weights * centred.square()).sum(-1, keepdim=True) * count / (count - 1).clamp(min=1)
+    return centred / (variance.sqrt() + 1e-8)
+
+
+def policy_loss(
+    ratio: Tensor, advantages: Tensor, clip: float | None, dual_clip: float | None
+) -> Tensor:
+    """Clipped surrogate [M] (PPO, eq. 7), with the dual clip of Ye et al. (2020), eq. 3."""
+    cost = -advantages
+    loss = ratio * cost
+    if clip is not None:
+        loss = torch.maximum(loss, ratio.clamp(1 - clip, 1 + clip) * cost)
+    if dual_clip is not None:
+        loss = torch.where(cost > 0, torch.minimum(loss, dual_clip * cost), loss)
+    return loss
+
+
+def value_loss(values: Tensor, targets: Tensor, huber: bool) -> Tensor:
+    """Half the squared error [M]; `huber`: linear where the error is above 1."""
+    if huber:
+        return F.huber_loss(values, targets, reduction="none")
+    return 0.5 * F.mse_loss(values, targets, reduction="none")
+
+
+METRICS = [  # of ppo_loss, and the norm of its gradient
+    "losses/policy_loss",
+    "losses/value_loss",
+    "losses/entropy",
+    "losses/kl",
+    "losses/ref_kl",
+    "losses/old_approx_kl",
+    "losses/approx_kl",
+    "losses/clipfrac",
+    "losses/value_loss_unclipped",
+    "losses/value_clipfrac",
+    "values/mean",
+    "losses/grad_norm",
+]
+
+
+def ppo_loss(agent: Agent, batch: Batch, coefs: Tensor, args: Args) -> tuple[Tensor, Tensor]:
+    """Loss [] of a minibatch, and its METRICS without the gradient's norm.
+
+    `coefs` [5] weigh the policy loss, value loss, entropy, KL(old, new) and KL(new, reference).
+    """
+    dists, values = agent(batch.obs)
+    logratio = agent.log_prob(dists, batch.actions) - batch.logprobs
+    ratio, huber = logratio.exp(), args.value_loss == "huber"
+    unclipped = worst = value_loss(values, batch.targets, huber)
+    vclip = args.clip_coef if args.vclip_coef is None else args.vclip_coef
+    if args.clip_vloss and vclip is not None:
+        near = values.clamp(batch.values - vclip, batch.values + vclip)
+        worst = torch.maximum(unclipped, value_loss(near, batch.targets, huber))
+    with torch.set_grad_enabled(args.kl_coef > 0 or args.kl_target is not None):
+        kl = agent.kl_divergence(batch.dists, dists)
+    with torch.set_grad_enabled(args.ref_kl_coef > 0):
+        ref_kl = agent.kl_divergence(dists, batch.ref_dists)
+    surrogate = policy_loss(ratio, batch.advantages, args.clip_coef, args.dual_clip_coef)
+    terms = torch.stack((surrogate, worst, agent.entropy(dists), kl, ref_kl)) @ batch.weights
+    with torch.no_grad():
+        clipped = ((ratio - 1).abs() > (args.clip_coef or torch.inf)).float()
+        value_clipped = ((values - batch.values).abs() > (vclip or torch.inf)).float()
+        evidence = (-logratio, ratio - 1 - logratio, clipped, unclipped, value_clipped, values)
+        metrics = torch.cat((terms, torch.stack(evidence) @ batch.weights))
+    return coefs @ terms, metrics
+
+
+# ---- update
+
+
+def make_optimizer(agent: Agent, args: Args) -> torch.optim.Adam:
+    """Adam with two groups: all of the policy, and the critic."""
+    critic = {"params": list(agent.critic.parameters())}
+    names = [name for name, _ in agent.named_parameters() if not name.startswith("critic.")]
+    actor = {"params": [agent.get_parameter(name) for name in names]}
+    for group, eps in ((actor, args.actor_adam_eps), (critic, args.critic_adam_eps)):
+        group["eps"] = args.adam_eps if eps is None else eps
+    return torch.optim.Adam([actor, critic], fused=True)
+
+
+def schedule(optimizer: torch.optim.Adam, args: Args, iteration: int, total: int) -> float:
+    """Set the learning rates for iteration 0 to total - 1; returns the weight of the entropy."""
+    rates = (args.actor_learning_rate, args.critic_learning_rate)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        rate = args.learning_rate if rate is None else rate
+        group["lr"] = rate * (1 - iteration / total) if args.anneal_lr else rate
+    return line(args.ent_coef, args.ent_coef_final, iteration, total)
+
+
+def line(first: float, last: float | None, iteration: int, total: int) -> float:
+    """Value at an iteration on the line from the first to the last one; constant without `last`."""
+    return first if last is None else first + (last - first) * iteration / max(total - 1, 1)
+
+
+def update(
+    agent: Agent,
+    optimizer: torch.optim.Adam,
+    rollout: Rollout,
+    batch: Batch,
+    args: Args,
+    coefs: Tensor,
+    warmup: bool,
+) -> Tensor:
+    """Epochs of minibatches; in a warm-up and in the critic's own epochs the policy stands still.
+
+    Returns METRICS, means over all minibatches. Nothing is read back but the KL for `target_kl`.
+    """
+    loss_fn = torch.compile(ppo_loss) if args.compile else ppo_loss
+    critic_coefs = coefs * torch.eye(len(coefs), device=coefs.device)[1]
+    max_norm = torch.inf if args.max_grad_norm is None else args.max_grad_norm
+    history, shape, stopped = [], (args.num_minibatches, -1), False
+    for epoch, alone in enumerate([warmup] * args.update_epochs + [True] * args.critic_epochs):
+        if stopped and not alone:
+            continue
+        if epoch and args.recompute_advantages:
+            _, _, advantages, targets = estimate(agent, rollout, args)
+            targets = agent.value_norm.normalize(targets)
+            batch = batch._replace(advantages=advantages, targets=targets)
+        order = torch.randperm(len(batch.obs), device=batch.obs.device)
+        epoch_rows = Batch(*(rows[order].unflatten(0, shape) for rows in batch))
+        advantages, weights = epoch_rows.advantages, epoch_rows.weights
+        if args.norm_adv:
+            scope = shape if args.norm_adv_scope == "minibatch" else (1, -1)
+            advantages = standardize(advantages.view(scope), weights.view(scope)).view(shape)
+        epoch_rows = epoch_rows._replace(advantages=advantages, weights=normalize(weights))
+        for minibatch in map(Batch._make, zip(*epoch_rows, strict=True)):
+            loss, metrics = loss_fn(agent, minibatch, critic_coefs if alone else coefs, args)
+            optimizer.zero_grad()
+            loss.backward()
+            if alone:
+                for parameter in optimizer.param_groups[0]["params"]:
+                    parameter.grad = None
+            grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), max_norm)
+            optimizer.step()
+            history.append(torch.cat((metrics, grad_norm[None])))
+        if args.target_kl is not None and not alone:
+            kl = torch.stack(history[-args.num_minibatches :])[:, METRICS.index("losses/approx_kl")]
+            stopped = bool(kl.mean() > args.target_kl)
+    return torch.stack(history).mean(0)
+
+
+# ---- logging
+
+
+def describe(
+    batch: Batch, values: Tensor, metrics: Tensor, norm: RunningMeanStd
+) -> dict[str, float]:
+    """METRICS and what batch and old values [B] tell, read back at once, in the rewards' units."""
+    valid = batch.weights > 0
+    advantages, values = batch.advantages[valid], values[valid]
+    targets = batch.targets[valid] * norm.std + norm.mean
+    explained = 1 - (targets - values).var() / targets.var()
+    scalars = dict(zip(METRICS, metrics, strict=True)) | {
+        "losses/explained_variance": explained.nan_to_num(0, neginf=0),
+        "advantages/mean": advantages.mean(),
+        "advantages/std": advantages.std(),
+        "values/old_mean": values.mean(),
+        "values/target_mean": targets.mean(),
+    }
+    scalars["values/mean"] = scalars["values/mean"] * norm.std + norm.mean
+    return dict(zip(scalars, torch.stack(tuple(scalars.values())).tolist(), strict=True))
+
+
+def log(writer: SummaryWriter, step: int, scalars: dict[str, float]) -> None:
+    """Write all scalars of a step as one event."""
+    values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+    writer.file_writer.add_summary(Summary(value=values), step)
+
+
+RETURNS = ("charts/return_100", "charts/episodic_return", "eval/episodic_return")
+
+
+def log_hparams(writer: SummaryWriter, args: Args) -> None:
+    """List the run with its flags and its newest returns in the HPARAMS tab."""
+    flags = {
+        name: value if type(value) in (int, float, str) else str(value)
+        for name, value in vars(args).items()
+    }
+    for summary in hparams(flags, dict.fromkeys(RETURNS, 0)):
+        writer.file_writer.add_summary(summary)
+
+
+# ---- checkpoint
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Put the new checkpoint into the old one's place at once: a kill leaves one of them whole."""
+    with open(path.with_suffix(".tmp"), "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def load_checkpoint(flag: str, name: str) -> dict[str, Any]:
+    """Checkpoint of a run, named by its directory or file; runs no code that it may hold."""
+    path = Path(name) / "checkpoint.pt" if Path(name).is_dir() else Path(name)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():
+                raise ValueError("wrong checksum")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state["args"] = Args(**state["args"])
+        state["args"].run_dir = str(path.parent)
+    except Exception as error:
+        fail(f"--{flag} {name}: no checkpoint of this script, or damaged ({error})")
+    return state
+
+
+def load_agent(flag: str, state: dict[str, Any], agent: Agent, args: Args) -> None:
+    """Put the checkpoint's networks and normalisers into an agent for the same environment."""
+    if state["args"].env_id != args.env_id:
+        fail(f"--{flag}: made for {state['args'].env_id}, not for {args.env_id}")
+    try:
+        agent.load_state_dict(state["agent"])
+    except RuntimeError as error:
+        fail(f"--{flag}: the networks differ: {error}")
+
+
+# ---- train, evaluate
+
+
+def environment_seed(seed: int, step: int) -> int:
+    """Seed of the environments that a run with this seed starts at this step."""
+    return int(np.random.SeedSequence((seed, step)).generate_state(1)[0] >> 1)
+
+
+def find_broken(rollout: Rollout, step: int) -> str | None:
+    """Name the first reward or observation after `step` that is not finite, if there is one."""
+    found = [(t, n, "reward") for t, n in np.argwhere(~np.isfinite(rollout.rewards))]
+    for t, n, obs in rollout.final_obs:
+        if not np.isfinite(obs).all():
+            found.append((t, n, "observation"))
+    if rollout.obs.is_floating_point() and not rollout.obs.isfinite().all():
+        rows = (~rollout.obs.isfinite()).nonzero().tolist()
+        found += [(max(t - 1, 0), n, "observation") for t, n, *_ in rows]
+    if not found:
+        return None
+    t, n, what = min(found)
+    return (
+        f"the {what} of environment {n} is not finite at step {step + t * len(rollout.so_far[0])}"
+    )
+
+
+def train(
+    args: Args, agent: Agent, envs: VectorEnv, seed: int, reference: Agent | None, state: dict
+) -> None:
+    """Iterations of rollout, targets and update, from the checkpoint `state` if there is one."""
+    device, batch_size = agent.obs_norm.mean.device, args.num_envs * args.num_steps
+    num_iterations = args.total_timesteps // batch_size
+    optimizer = make_optimizer(agent, args)
+    if state:
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
+        torch.set_rng_state(state["rng"])
+        if len(state["cuda_rng"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+    first_step = step = state.get("step", 0)
+    beta = state.get("beta", args.kl_coef or float(args.kl_target is not None))
+    returns = deque(state.get("returns", ()), maxlen=100)
+    rollout = Rollout(args, agent, envs, seed)
+
+    run_dir = Path(args.run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--run-dir {args.run_dir}: {error}")
+    (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
+    writer = SummaryWriter(run_dir, purge_step=step + 1)
+    log_hparams(writer, args)
+
+    def save() -> None:
+        writer.flush()
+        checkpoint = {"args": vars(args) | {"resume": None}, "step": step, "beta": beta}
+        checkpoint |= {"returns": list(returns), "rng": torch.get_rng_state()}
+        checkpoint |= {"cuda_rng": torch.cuda.get_rng_state_all()}
+        checkpoint |= {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
+        save_checkpoint(run_dir / "checkpoint.pt", checkpoint)
+
+    interrupted: list[int] = []
+
+    def interrupt(signum: int, _: Any) -> None:
+        interrupted.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
+    bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=not args.progress)
+    start_time = time.perf_counter()
+
+    def give_up(message: str) -> NoReturn:
+        bar.close()
+        fail(message, 1)
+
+    left = (args.total_timesteps - step) // batch_size
+    for iteration in range(num_iterations - left, num_iterations):
+        ent_coef = schedule(optimizer, args, iteration, num_iterations)
+        log_std = line(args.log_std_init, args.log_std_final, iteration, num_iterations)
+        if args.std == "fixed":
+            agent.log_std.data.fill_(log_std)
+        coefs = torch.tensor([1.0, args.vf_coef, -ent_coef, beta, args.ref_kl_coef], device=device)
+
+        collect(agent, envs, rollout, args, interrupted)
+        if interrupted:
+            break
+        if broken := find_broken(rollout, step):
+            give_up(broken)
+        episodes = finished_episodes(rollout)
+        rollout.signals = learning_signals(agent, rollout, args)
+        batch = make_batch(agent, reference, rollout, args)
+        warmup = iteration < args.critic_warmup_iterations
+        metrics = update(agent, optimizer, rollout, batch, args, coefs, warmup)
+
+        step += batch_size
+        scalars = describe(batch, rollout.values, metrics, agent.value_norm)
+        deviations = agent.deviation(batch.dists[batch.weights > 0]).mean(0).tolist()
+        scalars |= {f"policy/std_{i}": std for i, std in enumerate(deviations)}
+        for tag in METRICS:
+            if not np.isfinite(scalars[tag]):
+                give_up(f"{tag} is {scalars[tag]} in iteration {iteration + 1}")
+        scalars |= {"charts/learning_rate": optimizer.param_groups[0]["lr"]}
+        scalars |= {"charts/ent_coef": ent_coef, "charts/kl_coef": beta}
+        scalars["charts/SPS"] = (step - first_step) / (time.perf_counter() - start_time)
+        if episodes:
+            episodic = ("charts/episodic_return", "charts/episodic_length")
+            scalars |= zip(episodic, np.mean(episodes, 0), strict=True)
+            returns.extend(episode[0] for episode in episodes)
+            scalars["charts/return_100"] = np.mean(returns)
+            bar.set_postfix_str(f"return {np.mean(returns):.1f}", refresh=False)
+        log(writer, step, scalars)
+        bar.update(batch_size)
+        if args.kl_target is not None:
+            dists = evaluate_rows(agent, batch.obs)[0]
+            kl = (agent.kl_divergence(batch.dists, dists) @ normalize(batch.weights)).item()
+            beta *= 2.0 if kl > 1.5 * args.kl_target else 0.5 if kl < args.kl_target / 1.5 else 1.0
+            beta = min(max(beta, 1e-6), 1e6)
+        if args.norm_obs and not agent.pixels:
+            agent.obs_norm.advance(batch.obs[batch.weights > 0])
+        if args.checkpoint_every and (iteration + 1) % args.checkpoint_every == 0:
+            save()
+
+    speed = (step - first_step) / (time.perf_counter() - start_time)
+    save()
+    bar.close()
+    writer.close()
+    if interrupted:
+        raise SystemExit(128 + interrupted[0])
+    mean = f"{np.mean(returns):.1f}" if returns else "unknown"
+    print(f"{run_dir}: mean return of the last {len(returns)} episodes {mean}, {speed:.0f} SPS")
+
+
+@torch.no_grad()
+def evaluate(args: Args, agent: Agent, envs: VectorEnv, seed: int, step: int) -> None:
+    """Play episodes in one environment; weights and normalisers stay as they are."""
+    rollout = Rollout(args, agent, envs, seed)
+    obs, returns, total = rollout.obs[-1], [], 0.0
+    while len(returns) < args.eval_episodes:
+        noise = None if args.eval_deterministic else agent.draw_noise(1)
+        obs, reward, terminated, truncated, _ = envs.step(agent.to_env(agent.act(obs, noise)))
+        obs = torch.as_tensor(obs, dtype=rollout.obs.dtype, device=rollout.obs.device)
+        total += float(reward[0])
+        if terminated[0] or truncated[0]:
+            returns.append(total)
+            print(f"episode {len(returns)}: return {total:.1f}")
+            total = 0.0
+    with SummaryWriter(args.run_dir) as writer:
+        log(writer, step, {"eval/episodic_return": np.mean(returns)})
+    print(f"mean return {np.mean(returns):.1f} +- {np.std(returns):.1f} of {len(returns)} episodes")
+
+
+def open_envs(args: Args, num_envs: int, seed: int, video_dir: str | None = None) -> VectorEnv:
+    """`make_envs`, or the end of the process with one line if these environments cannot be made."""
+    try:
+        dict(**json.loads(args.env_kwargs))
+    except (TypeError, ValueError) as error:
+        fail(f"--env-kwargs {args.env_kwargs}: must be a JSON object ({error})")
+    try:
+        envs = make_envs(args, num_envs, seed, video_dir)
+    except Exception as error:
+        fail(f"--env-id {args.env_id} --vectorization {args.vectorization}: {error or repr(error)}")
+    if not isinstance(envs.single_action_space, spaces.Box):
+        script = OTHER_SCRIPTS.get(type(envs.single_action_space).__name__, "another script")
+        fail(f"--env-id {args.env_id}: {envs.single_action_space} is for {script}")
+    bounded = envs.single_action_space.is_bounded()
+    if args.distribution == "beta" and not bounded:
+        fail(f"--distribution beta: needs bounded actions, not {envs.single_action_space}")
+    if args.log_std_final is not None and args.std != "fixed":
+        fail(f"--log-std-final {args.log_std_final}: needs --std fixed, not {args.std}")
+    return envs
+
+
+def main() -> None:
+    """Read and check the flags, make environments and agent, then train or evaluate."""
+    args, state, flag = parse_args(), {}, "resume"
+    if args.resume and args.eval:
+        fail("--resume and --eval: give one of them")
+    if args.resume or args.eval:
+        flag = "eval" if args.eval else "resume"
+        state = load_checkpoint(flag, args.resume or args.eval)
+        args = parse_args(state["args"])
+    single = "sync" if args.vectorization == "async" else args.vectorization
+    one = open_envs(replace(args, vectorization=single), 1, 0)
+    obs_space, action_space = one.single_observation_space, one.single_action_space
+    one.close()
+    if is_pixels(obs_space) and not state:
+        args = parse_args(replace(Args(), **PIXEL_DEFAULTS))
+    check_args(args)
+
+    torch.set_num_threads(args.torch_threads)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    step = state.get("step", 0)
+    seed = environment_seed(args.seed, step)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(args.seed)
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    agent, reference = Agent(args, obs_space, action_space).to(device), None
+    if args.ref_checkpoint and not args.eval:
+        saved = load_checkpoint("ref-checkpoint", args.ref_checkpoint)
+        reference = Agent(saved["args"], obs_space, action_space).to(device)
+        load_agent("ref-checkpoint", saved, reference, args)
+    if state:
+        load_agent(flag, state, agent, args)
+    if args.resume and step + args.num_envs * args.num_steps > args.total_timesteps:
+        fail(f"--resume {args.resume}: it is complete at step {step}; raise --total-timesteps")
+    names = {"env": args.env_id, "exp": args.exp_name, "seed": args.seed, "time": int(time.time())}
+    for name, value in names.items():
+        args.run_dir = args.run_dir.replace(f"{{{name}}}", str(value))
+    if set("{}") & set(args.run_dir):
+        fail(f"--run-dir {args.run_dir}: only {' '.join(names)} may stand in braces")
+    if not state and Path(args.run_dir, "args.json").exists():
+        fail(f"--run-dir {args.run_dir}: holds a run; --resume it or name another directory")
+    video_dir = f"{args.run_dir}/videos" if args.capture_video else None
+    envs = open_envs(args, 1 if args.eval else args.num_envs, seed, video_dir)
+    if args.eval:
+        evaluate(args, agent, envs, seed, step)
+    else:
+        train(args, agent, envs, seed, reference, state)
+    envs.close()
+
+
+if __name__ == "__main__":
+    main()
