@@ -4,7 +4,10 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -19,10 +22,10 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture
-def run(tmp_path):
-    """`run(*flags)`: the script in a process of its own, with `tmp_path` as working directory."""
+def run(tmp_path: Path) -> Callable:
+    """Start the script with flags in a process of its own, in `tmp_path`; its outcome."""
 
-    def run(*flags, script="ppo_discrete.py", **kwargs):
+    def run(*flags: Any, script: str = "ppo_discrete.py", **kwargs: Any) -> Any:
         command = [sys.executable, str(ROOT / script), *map(str, flags)]
         kwargs = {"capture_output": True, "text": True, "timeout": 300, "cwd": tmp_path} | kwargs
         return subprocess.run(command, **kwargs)
@@ -31,12 +34,14 @@ def run(tmp_path):
 
 
 @pytest.fixture
-def main(tmp_path, monkeypatch, capfd):
-    """`main(*flags)`: the script's main() in this process; exit code, standard output and error."""
+def main(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> Iterator[Callable]:
+    """Run the script with flags in this process: exit code, standard output and error."""
     monkeypatch.chdir(tmp_path)
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
-    def main(*flags, module=ppo_discrete):
+    def main(*flags: Any, module: ModuleType = ppo_discrete) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, flags)])
         code = 0
         capfd.readouterr()
@@ -51,7 +56,7 @@ def main(tmp_path, monkeypatch, capfd):
         signal.signal(signum, handler)
 
 
-def read_scalars(run_dir):
+def read_scalars(run_dir: Path | str) -> dict[str, list[tuple[int, float]]]:
     """{tag: [(step, value), ...]} of a run's directory, as TensorBoard loads it."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
