@@ -5,9 +5,8 @@ compare    tensorboard --logdir runs
 resume     python ppo_discrete.py --resume runs/RUN [--total-timesteps 1000000]
 evaluate   python ppo_discrete.py --eval runs/RUN --eval-episodes 20 [--capture-video]
 
-Where to edit: networks in `Agent`, the distribution in the functions above it, the objective in
-`ppo_loss`, environments and their preprocessing in `make_env`, schedules at the top of the loop in
-`train`. A copy under another name runs as it is.
+Where to edit: networks and distribution in `Agent`, the objective in `ppo_loss`, environments and
+their preprocessing in `make_env`, schedules in `schedule`. A copy under another name runs as it is.
 
 Shapes: T = num_steps, N = num_envs, B = T * N rows of a rollout, K = num_minibatches,
 M = B / K rows of a minibatch, O and A = shapes of an observation and of an action, D = numbers

@@ -162,9 +162,11 @@ def started(main: Callable, monkeypatch: pytest.MonkeyPatch) -> Callable:
     def started(flags: str = "") -> SimpleNamespace:
         seen = SimpleNamespace()
 
-        def spy(args: ppo.Args, agent: ppo.Agent, envs: gym.vector.VectorEnv, *_: Any) -> None:
+        def spy(
+            args: ppo.Args, agent: ppo.Agent, envs: gym.vector.VectorEnv, seed: int, *_: Any
+        ) -> None:
             seen.args, seen.agent = args, agent
-            seen.rollout = ppo.Rollout(args, agent, envs, ppo.environment_seed(args.seed, 0))
+            seen.rollout = ppo.Rollout(args, agent, envs, seed)
             ppo.collect(agent, envs, seen.rollout, args, [])
 
         monkeypatch.setattr(ppo, "train", spy)
@@ -189,9 +191,13 @@ def test_run_dir(main: Callable, tmp_path: Path) -> None:
     assert re.fullmatch(r"runs/CartPole-v1__ppo_discrete__1__\d{10}", names[2])
 
 
-def test_seed(started: Callable) -> None:
+@pytest.mark.parametrize("vectorization", ["sync", "native", "envpool"])
+def test_seed(started: Callable, vectorization: str) -> None:
     """Weights, environments and actions follow it."""
-    one, same, other = (started(f"--seed {seed}") for seed in (1, 1, 2))
+    if vectorization == "envpool":
+        pytest.importorskip("envpool")
+    flags = f"--vectorization {vectorization} --seed"
+    one, same, other = (started(f"{flags} {seed}") for seed in (1, 1, 2))
     assert not parts_that_differ(one.agent, same.agent)
     assert parts_that_differ(one.agent, other.agent) == {"actor", "critic"}
     assert torch.equal(one.rollout.obs, same.rollout.obs)

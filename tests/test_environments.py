@@ -402,9 +402,9 @@ def test_row_after_an_end_contributes_nothing(flags: dict) -> None:
         optimizer = ppo.make_optimizer(learner, args)
         coefs = torch.tensor([1.0, 0.5, -0.01, 0.0, 0.0])
         metrics = ppo.update(learner, optimizer, played, batch, args, coefs, False)
-        results.append(
-            (learner.state_dict(), ppo.describe(batch, rollout.values, metrics, learner.value_norm))
-        )
+        values = played.values + poison * bad.flatten()
+        told = ppo.describe(batch, values, metrics, learner.value_norm)
+        results.append((learner.state_dict(), told))
     for name, rows in results[0][0].items():
         assert torch.equal(rows, results[1][0][name]), name
     assert results[0][1] == results[1][1]

@@ -248,7 +248,6 @@ WRONG = [
     (["--eval", "run", "--hidden-sizes", "8", "8"], ["--eval", "networks"]),
     (["--resume", "run", "--shared-network"], ["--resume", "networks"]),
     (["--ref-checkpoint", "run", "--env-id", "Acrobot-v1"], ["CartPole-v1", "Acrobot-v1"]),
-    (["--ref-checkpoint", "run", "--hidden-sizes", "9"], ["--ref-checkpoint", "networks"]),
 ]
 
 
@@ -306,6 +305,15 @@ def test_package_missing(
     assert re.match(rf"error: .*\b{package}\b", error, re.IGNORECASE), err
     assert [line for line in banner if not re.match(r"A\.L\.E|\[Powered", line)] == []
     assert files(Path.cwd()) == before
+
+
+@pytest.mark.parametrize("flag", ["resume", "eval", "ref-checkpoint"])
+def test_checkpoint_of_another_shape(main: Callable, flag: str) -> None:
+    """Same name of the environment, but other observations."""
+    made = main(*RUN, "--env-id", "Tiny-v0", "--env-kwargs", '{"shape": [3]}', "--run-dir", "run")
+    assert made[0] == 0
+    flags = [f"--{flag}", "run", "--env-id", "Tiny-v0", "--env-kwargs", '{"shape": [4]}']
+    refused(main, [*flags, "--total-timesteps", "999"], [f"--{flag}", "networks"])
 
 
 class Code:

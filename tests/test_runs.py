@@ -711,6 +711,7 @@ def test_signal(
         while read and not bar.endswith(b"return"):
             bar += (read := process.stderr.read(1))
         assert re.search(rb"[1-9]\d*/500000 \[.*step/s, return$", bar), bar
+        time.sleep(0.2)  # into the next rollout
         # a terminal and most job schedulers signal the whole group, `kill` the process alone
         alone = (signum, vectorization) == (signal.SIGTERM, "sync")
         (os.kill if alone else os.killpg)(process.pid, signum)
