@@ -58,8 +58,12 @@ import gymnasium as gym
 from gymnasium.envs.classic_control import CartPoleEnv
 
 class Slow(CartPoleEnv):
+    def __init__(self, pause=0, render_mode=None):
+        super().__init__(render_mode=render_mode)
+        self.pause = pause
+
     def step(self, action):
-        time.sleep(0.02)
+        time.sleep(self.pause)
         return super().step(action)
 
 gym.register("Slow-v0", Slow)
@@ -697,7 +701,7 @@ def test_signal(
     """A checkpoint that resumes, 130 or 143, no traceback and no process that stays behind."""
     (tmp_path / "slow.py").write_text(SLOW)  # the signal comes in the middle of a step
     flags = f"{SIZES} --run-dir r --env-id slow:Slow-v0 --checkpoint-every 0"
-    flags += f" --vectorization {vectorization}"
+    flags += f' --env-kwargs {{"pause":0.05}} --vectorization {vectorization}'
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "ppo_discrete.py"), *flags.split()],
         cwd=tmp_path,
@@ -732,7 +736,8 @@ def test_signal(
     assert len(curve("losses/policy_loss")) == step // STEPS
     next_second()
     monkeypatch.syspath_prepend(tmp_path)
-    train(f"--resume r --vectorization sync --no-progress --total-timesteps {step + 2 * STEPS}")
+    flags = "--vectorization sync --env-kwargs {} --no-progress"
+    train(f"--resume r {flags} --total-timesteps {step + 2 * STEPS}")
     assert len(curve("losses/policy_loss")) == step // STEPS + 2
 
 
