@@ -286,8 +286,9 @@ def make_env(args: Args, video_dir: str | None = None) -> gym.Env:
     Atari is preprocessed as in "The 37 Implementation Details of PPO" (Huang et al. 2022), except
     that lost lives and signs of rewards are left to `learning_signals`.
     """
-    if multiprocessing.parent_process():
+    if multiprocessing.parent_process():  # a signal to all is for the training process to handle
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     kwargs = json.loads(args.env_kwargs)
     atari = is_atari(args)
     if atari:
@@ -943,9 +944,10 @@ def train(
     run_dir = Path(args.run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        with open(run_dir / "args.json", "w" if state else "x") as file:
+            json.dump(vars(args), file, indent=2)
     except OSError as error:
         fail(f"--run-dir {args.run_dir}: {error}")
-    (run_dir / "args.json").write_text(json.dumps(vars(args), indent=2))
     writer = SummaryWriter(run_dir, purge_step=step + 1)
     log_hparams(writer, args)
 
@@ -1102,11 +1104,13 @@ def main() -> None:
         fail(f"--run-dir {args.run_dir}: holds a run; --resume it or name another directory")
     video_dir = f"{args.run_dir}/videos" if args.capture_video else None
     envs = open_envs(args, 1 if args.eval else args.num_envs, seed, video_dir)
-    if args.eval:
-        evaluate(args, agent, envs, seed, step)
-    else:
-        train(args, agent, envs, seed, reference, state)
-    envs.close()
+    try:
+        if args.eval:
+            evaluate(args, agent, envs, seed, step)
+        else:
+            train(args, agent, envs, seed, reference, state)
+    finally:
+        envs.close()
 
 
 if __name__ == "__main__":
