@@ -254,7 +254,7 @@ def check_args(args: Args) -> None:
         for name in names.split():
             value = getattr(args, name)
             if value is not None and not low <= value <= high:
-                fail(f"--{name.replace('_', '-')} {value}: must lie between {low:g} and {high:g}")
+                fail(f"--{name.replace('_', '-')} {value}: must lie between {low} and {high}")
     steps = args.num_envs * args.num_steps
     rollout = f"the {steps} steps of a rollout (num-envs x num-steps)"
     if args.total_timesteps < steps:
@@ -310,6 +310,8 @@ def make_env(args: Args, video_dir: str | None = None) -> gym.Env:
         kwargs["render_mode"] = "rgb_array"
     env = gym.make(args.env_id, **kwargs)
     if video_dir:
+        env.reset()
+        env.render()  # what cannot be drawn fails here, before anything is written
         wanted = (lambda episode: episode < args.eval_episodes) if args.eval else None
         prefix = "eval" if args.eval else "train"
         env = gym.wrappers.RecordVideo(env, video_dir, wanted, name_prefix=prefix)
@@ -391,6 +393,9 @@ class RunningMeanStd(nn.Module):
 # ---- Agent
 
 
+beta_dist = partial(Beta, validate_args=False)  # what is not finite is found after the rollout
+
+
 class Agent(nn.Module):
     """Policy and value networks and the normalisers that go with them."""
 
@@ -428,7 +433,8 @@ class Agent(nn.Module):
         outputs = (2 if self.beta or args.std == "state" else 1) * len(self.low)
         self.actor = nn.Sequential(*actor, init(nn.Linear(width, outputs), 0.01))
         log_std = torch.full(self.low.shape, args.log_std_init)
-        self.log_std = nn.Parameter(log_std, requires_grad=args.std == "independent")
+        trained = args.std == "independent" and not self.beta
+        self.log_std = nn.Parameter(log_std, requires_grad=trained)
         self.critic = nn.Sequential(*critic, init(nn.Linear(width, 1), 1.0))
 
     def preprocess(self, obs: Tensor) -> Tensor:
@@ -467,7 +473,7 @@ class Agent(nn.Module):
     def sample(self, dist: Tensor, noise: Tensor) -> Tensor:
         """Actions [..., A] drawn with normal noise [..., A], which a beta has no use for."""
         first, second = dist.chunk(2, -1)
-        return Beta(first, second).sample() if self.beta else first + second.exp() * noise
+        return beta_dist(first, second).sample() if self.beta else first + second.exp() * noise
 
     def mode(self, dist: Tensor) -> Tensor:
         """Most probable actions [..., A]; the middle where a beta has no peak."""
@@ -479,7 +485,7 @@ class Agent(nn.Module):
         first, second = dist.chunk(2, -1)
         if self.beta:
             inside = actions.clamp(1e-6, 1 - 1e-6)  # finite at the end points
-            return Beta(first, second).log_prob(inside).sum(-1)
+            return beta_dist(first, second).log_prob(inside).sum(-1)
         scaled = (actions - first) * (-second).exp()
         return -(0.5 * scaled.square() + second + 0.5 * math.log(2 * math.pi)).sum(-1)
 
@@ -487,14 +493,16 @@ class Agent(nn.Module):
         """Differential entropies [...] in nats, summed over the action's dimensions."""
         first, second = dist.chunk(2, -1)
         if self.beta:
-            return Beta(first, second).entropy().sum(-1)
+            return beta_dist(first, second).entropy().sum(-1)
         return (second + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
 
     def kl_divergence(self, p: Tensor, q: Tensor) -> Tensor:
         """Exact KL(p, q) [...] in nats, summed over the action's dimensions."""
         (first, second), (other_first, other_second) = p.chunk(2, -1), q.chunk(2, -1)
         if self.beta:
-            return kl_divergence(Beta(first, second), Beta(other_first, other_second)).sum(-1)
+            return kl_divergence(
+                beta_dist(first, second), beta_dist(other_first, other_second)
+            ).sum(-1)
         squares = (2 * second).exp() + (first - other_first).square()
         return (other_second - second + 0.5 * squares * (-2 * other_second).exp() - 0.5).sum(-1)
 
@@ -509,7 +517,8 @@ class Agent(nn.Module):
         """Standard deviations [..., A] of the actions, in the environment's units."""
         first, second = dist.chunk(2, -1)
         if self.beta:
-            return Beta(first, second).stddev * torch.as_tensor(self.high - self.low)
+            width = torch.as_tensor(self.high - self.low, device=dist.device)
+            return beta_dist(first, second).stddev * width
         return second.exp()
 
     @torch.no_grad()
@@ -748,20 +757,11 @@ def value_loss(values: Tensor, targets: Tensor, huber: bool) -> Tensor:
     return 0.5 * F.mse_loss(values, targets, reduction="none")
 
 
-METRICS = [  # of ppo_loss, and the norm of its gradient
-    "losses/policy_loss",
-    "losses/value_loss",
-    "losses/entropy",
-    "losses/kl",
-    "losses/ref_kl",
-    "losses/old_approx_kl",
-    "losses/approx_kl",
-    "losses/clipfrac",
-    "losses/value_loss_unclipped",
-    "losses/value_clipfrac",
-    "values/mean",
-    "losses/grad_norm",
-]
+METRICS = (  # of ppo_loss, and the norm of its gradient
+    "losses/policy_loss losses/value_loss losses/entropy losses/kl losses/ref_kl "
+    "losses/old_approx_kl losses/approx_kl losses/clipfrac losses/value_loss_unclipped "
+    "losses/value_clipfrac values/mean losses/grad_norm"
+).split()
 
 
 def ppo_loss(agent: Agent, batch: Batch, coefs: Tensor, args: Args) -> tuple[Tensor, Tensor]:
@@ -796,9 +796,9 @@ def ppo_loss(agent: Agent, batch: Batch, coefs: Tensor, args: Args) -> tuple[Ten
 
 def make_optimizer(agent: Agent, args: Args) -> torch.optim.Adam:
     """Adam with two groups: all of the policy, and the critic."""
-    critic = {"params": list(agent.critic.parameters())}
-    names = [name for name, _ in agent.named_parameters() if not name.startswith("critic.")]
-    actor = {"params": [agent.get_parameter(name) for name in names]}
+    named = list(agent.named_parameters())
+    actor = {"params": [p for name, p in named if not name.startswith("critic.")]}
+    critic = {"params": [p for name, p in named if name.startswith("critic.")]}
     for group, eps in ((actor, args.actor_adam_eps), (critic, args.critic_adam_eps)):
         group["eps"] = args.adam_eps if eps is None else eps
     return torch.optim.Adam([actor, critic], fused=True)
@@ -879,7 +879,7 @@ def describe(
     scalars = dict(zip(METRICS, metrics, strict=True)) | {
         "losses/explained_variance": explained.nan_to_num(0, neginf=0),
         "advantages/mean": advantages.mean(),
-        "advantages/std": advantages.std(),
+        "advantages/std": advantages.std().nan_to_num(),
         "values/old_mean": values.mean(),
         "values/target_mean": targets.mean(),
     }
@@ -909,6 +909,9 @@ def log_hparams(writer: SummaryWriter, args: Args) -> None:
 # ---- checkpoint
 
 
+CHECKPOINT = {"args", "step", "beta", "returns", "rng", "cuda_rng", "agent", "optimizer"}
+
+
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Put the new checkpoint into the old one's place at once: a kill leaves one of them whole."""
     with open(path.with_suffix(".tmp"), "wb") as file:
@@ -926,6 +929,8 @@ def load_checkpoint(flag: str, name: str) -> dict[str, Any]:
             if archive.testzip():
                 raise ValueError("wrong checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if missing := CHECKPOINT - state.keys():
+            raise ValueError(f"it lacks {missing}")
         state["args"] = Args(**state["args"])
         state["args"].run_dir = str(path.parent)
     except Exception as error:
@@ -982,14 +987,17 @@ def train(
         if len(state["cuda_rng"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(state["cuda_rng"])
     first_step = step = state.get("step", 0)
-    beta = state.get("beta", args.kl_coef or float(args.kl_target is not None))
+    beta = args.kl_coef or float(args.kl_target is not None)
+    if state and (args.kl_coef, args.kl_target) == (state["args"].kl_coef, state["args"].kl_target):
+        beta = state["beta"]
     returns = deque(state.get("returns", ()), maxlen=100)
     rollout = Rollout(args, agent, envs, seed)
 
     run_dir = Path(args.run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        with open(run_dir / "args.json", "w" if state else "x") as file:
+        own = bool(state) and args.run_dir == state["args"].run_dir
+        with open(run_dir / "args.json", "w" if own else "x") as file:
             json.dump(vars(args), file, indent=2)
     except OSError as error:
         fail(f"--run-dir {args.run_dir}: {error}")
@@ -1090,9 +1098,9 @@ def evaluate(args: Args, agent: Agent, envs: VectorEnv, seed: int, step: int) ->
             returns.append(total)
             print(f"episode {len(returns)}: return {total:.1f}")
             total = 0.0
+    print(f"mean return {np.mean(returns):.1f} +- {np.std(returns):.1f} of {len(returns)} episodes")
     with SummaryWriter(args.run_dir) as writer:
         log(writer, step, {"eval/episodic_return": np.mean(returns)})
-    print(f"mean return {np.mean(returns):.1f} +- {np.std(returns):.1f} of {len(returns)} episodes")
 
 
 def open_envs(args: Args, num_envs: int, seed: int, video_dir: str | None = None) -> VectorEnv:
@@ -1108,9 +1116,13 @@ def open_envs(args: Args, num_envs: int, seed: int, video_dir: str | None = None
     if not isinstance(envs.single_action_space, spaces.Box):
         script = OTHER_SCRIPTS.get(type(envs.single_action_space).__name__, "another script")
         fail(f"--env-id {args.env_id}: {envs.single_action_space} is for {script}")
-    bounded = envs.single_action_space.is_bounded()
+    space = envs.single_action_space
+    if not np.issubdtype(space.dtype, np.floating):
+        fail(f"--env-id {args.env_id}: {space} must hold floating-point numbers")
+    with np.errstate(over="ignore"):
+        bounded = np.isfinite(space.high - space.low).all()
     if args.distribution == "beta" and not bounded:
-        fail(f"--distribution beta: needs bounded actions, not {envs.single_action_space}")
+        fail(f"--distribution beta: needs bounded actions, not {space}")
     if args.log_std_final is not None and args.std != "fixed":
         fail(f"--log-std-final {args.log_std_final}: needs --std fixed, not {args.std}")
     return envs
@@ -1146,6 +1158,8 @@ def main() -> None:
         saved = load_checkpoint("ref-checkpoint", args.ref_checkpoint)
         reference = Agent(saved["args"], obs_space, action_space).to(device)
         load_agent("ref-checkpoint", saved, reference, args)
+        if saved["args"].distribution != args.distribution:
+            fail(f"--ref-checkpoint: its distribution is {saved['args'].distribution}")
     if state:
         load_agent(flag, state, agent, args)
     if args.resume and step + args.num_envs * args.num_steps > args.total_timesteps:
@@ -1155,9 +1169,11 @@ def main() -> None:
         args.run_dir = args.run_dir.replace(f"{{{name}}}", str(value))
     if set("{}") & set(args.run_dir):
         fail(f"--run-dir {args.run_dir}: only {' '.join(names)} may stand in braces")
-    if not state and Path(args.run_dir, "args.json").exists():
+    own = bool(state) and args.run_dir == state["args"].run_dir
+    if not own and Path(args.run_dir, "args.json").exists():
         fail(f"--run-dir {args.run_dir}: holds a run; --resume it or name another directory")
-    video_dir = f"{args.run_dir}/videos" if args.capture_video else None
+    videos = f"videos/from-{step}" if args.resume else "videos"
+    video_dir = f"{args.run_dir}/{videos}" if args.capture_video else None
     envs = open_envs(args, 1 if args.eval else args.num_envs, seed, video_dir)
     try:
         if args.eval:
@@ -1169,4 +1185,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

@@ -242,7 +242,7 @@ def check_args(args: Args) -> None:
         for name in names.split():
             value = getattr(args, name)
             if value is not None and not low <= value <= high:
-                fail(f"--{name.replace('_', '-')} {value}: must lie between {low:g} and {high:g}")
+                fail(f"--{name.replace('_', '-')} {value}: must lie between {low} and {high}")
     steps = args.num_envs * args.num_steps
     rollout = f"the {steps} steps of a rollout (num-envs x num-steps)"
     if args.total_timesteps < steps:
@@ -298,6 +298,8 @@ def make_env(args: Args, video_dir: str | None = None) -> gym.Env:
         kwargs["render_mode"] = "rgb_array"
     env = gym.make(args.env_id, **kwargs)
     if video_dir:
+        env.reset()
+        env.render()  # what cannot be drawn fails here, before anything is written
         wanted = (lambda episode: episode < args.eval_episodes) if args.eval else None
         prefix = "eval" if args.eval else "train"
         env = gym.wrappers.RecordVideo(env, video_dir, wanted, name_prefix=prefix)
@@ -703,20 +705,11 @@ def value_loss(values: Tensor, targets: Tensor, huber: bool) -> Tensor:
     return 0.5 * F.mse_loss(values, targets, reduction="none")
 
 
-METRICS = [  # of ppo_loss, and the norm of its gradient
-    "losses/policy_loss",
-    "losses/value_loss",
-    "losses/entropy",
-    "losses/kl",
-    "losses/ref_kl",
-    "losses/old_approx_kl",
-    "losses/approx_kl",
-    "losses/clipfrac",
-    "losses/value_loss_unclipped",
-    "losses/value_clipfrac",
-    "values/mean",
-    "losses/grad_norm",
-]
+METRICS = (  # of ppo_loss, and the norm of its gradient
+    "losses/policy_loss losses/value_loss losses/entropy losses/kl losses/ref_kl "
+    "losses/old_approx_kl losses/approx_kl losses/clipfrac losses/value_loss_unclipped "
+    "losses/value_clipfrac values/mean losses/grad_norm"
+).split()
 
 
 def ppo_loss(agent: Agent, batch: Batch, coefs: Tensor, args: Args) -> tuple[Tensor, Tensor]:
@@ -751,9 +744,9 @@ def ppo_loss(agent: Agent, batch: Batch, coefs: Tensor, args: Args) -> tuple[Ten
 
 def make_optimizer(agent: Agent, args: Args) -> torch.optim.Adam:
     """Adam with two groups: all of the policy, and the critic."""
-    critic = {"params": list(agent.critic.parameters())}
-    names = [name for name, _ in agent.named_parameters() if not name.startswith("critic.")]
-    actor = {"params": [agent.get_parameter(name) for name in names]}
+    named = list(agent.named_parameters())
+    actor = {"params": [p for name, p in named if not name.startswith("critic.")]}
+    critic = {"params": [p for name, p in named if name.startswith("critic.")]}
     for group, eps in ((actor, args.actor_adam_eps), (critic, args.critic_adam_eps)):
         group["eps"] = args.adam_eps if eps is None else eps
     return torch.optim.Adam([actor, critic], fused=True)
@@ -834,7 +827,7 @@ def describe(
     scalars = dict(zip(METRICS, metrics, strict=True)) | {
         "losses/explained_variance": explained.nan_to_num(0, neginf=0),
         "advantages/mean": advantages.mean(),
-        "advantages/std": advantages.std(),
+        "advantages/std": advantages.std().nan_to_num(),
         "values/old_mean": values.mean(),
         "values/target_mean": targets.mean(),
     }
@@ -864,6 +857,9 @@ def log_hparams(writer: SummaryWriter, args: Args) -> None:
 # ---- checkpoint
 
 
+CHECKPOINT = {"args", "step", "beta", "returns", "rng", "cuda_rng", "agent", "optimizer"}
+
+
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Put the new checkpoint into the old one's place at once: a kill leaves one of them whole."""
     with open(path.with_suffix(".tmp"), "wb") as file:
@@ -881,6 +877,8 @@ def load_checkpoint(flag: str, name: str) -> dict[str, Any]:
             if archive.testzip():
                 raise ValueError("wrong checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if missing := CHECKPOINT - state.keys():
+            raise ValueError(f"it lacks {missing}")
         state["args"] = Args(**state["args"])
         state["args"].run_dir = str(path.parent)
     except Exception as error:
@@ -937,14 +935,17 @@ def train(
         if len(state["cuda_rng"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(state["cuda_rng"])
     first_step = step = state.get("step", 0)
-    beta = state.get("beta", args.kl_coef or float(args.kl_target is not None))
+    beta = args.kl_coef or float(args.kl_target is not None)
+    if state and (args.kl_coef, args.kl_target) == (state["args"].kl_coef, state["args"].kl_target):
+        beta = state["beta"]
     returns = deque(state.get("returns", ()), maxlen=100)
     rollout = Rollout(args, agent, envs, seed)
 
     run_dir = Path(args.run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        with open(run_dir / "args.json", "w" if state else "x") as file:
+        own = bool(state) and args.run_dir == state["args"].run_dir
+        with open(run_dir / "args.json", "w" if own else "x") as file:
             json.dump(vars(args), file, indent=2)
     except OSError as error:
         fail(f"--run-dir {args.run_dir}: {error}")
@@ -1040,9 +1041,9 @@ def evaluate(args: Args, agent: Agent, envs: VectorEnv, seed: int, step: int) ->
             returns.append(total)
             print(f"episode {len(returns)}: return {total:.1f}")
             total = 0.0
+    print(f"mean return {np.mean(returns):.1f} +- {np.std(returns):.1f} of {len(returns)} episodes")
     with SummaryWriter(args.run_dir) as writer:
         log(writer, step, {"eval/episodic_return": np.mean(returns)})
-    print(f"mean return {np.mean(returns):.1f} +- {np.std(returns):.1f} of {len(returns)} episodes")
 
 
 def open_envs(args: Args, num_envs: int, seed: int, video_dir: str | None = None) -> VectorEnv:
@@ -1100,9 +1101,11 @@ def main() -> None:
         args.run_dir = args.run_dir.replace(f"{{{name}}}", str(value))
     if set("{}") & set(args.run_dir):
         fail(f"--run-dir {args.run_dir}: only {' '.join(names)} may stand in braces")
-    if not state and Path(args.run_dir, "args.json").exists():
+    own = bool(state) and args.run_dir == state["args"].run_dir
+    if not own and Path(args.run_dir, "args.json").exists():
         fail(f"--run-dir {args.run_dir}: holds a run; --resume it or name another directory")
-    video_dir = f"{args.run_dir}/videos" if args.capture_video else None
+    videos = f"videos/from-{step}" if args.resume else "videos"
+    video_dir = f"{args.run_dir}/{videos}" if args.capture_video else None
     envs = open_envs(args, 1 if args.eval else args.num_envs, seed, video_dir)
     try:
         if args.eval:
@@ -1114,4 +1117,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

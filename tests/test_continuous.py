@@ -140,7 +140,15 @@ class Recorder(gym.Env):
         return np.zeros(3, np.float32), 0.0, False, False, {}
 
 
+class Whole(Recorder):
+    """Wants whole numbers."""
+
+    def __init__(self) -> None:
+        self.action_space = spaces.Box(-100, 100, (1,), np.int8)
+
+
 gym.register("Recorder-v0", Recorder, max_episode_steps=10)
+gym.register("Whole-v0", Whole)
 INF = np.inf
 BOUNDS = {
     "one": ([-2.0], [2.0]),
@@ -230,6 +238,7 @@ def test_evaluation_uses_the_saved_normalisers_bit_for_bit(
         (["--env-id", "Pendulum-v1", "--log-std-final", "-1"], "--std fixed"),
         (["--env-id", "Pendulum-v1", "--log-std-init", "nan"], "--log-std-init nan"),
         (["--env-id", "Pendulum-v1", "--std", "free"], "'independent'"),
+        (["--env-id", "Whole-v0"], "floating-point"),
         (
             [
                 "--env-id",
@@ -250,6 +259,41 @@ def test_wrong_flags(flags: list, said: str, main: Callable, tmp_path: Path) -> 
     assert err.count("\n") == 1
     assert said in err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_reference_of_another_distribution_is_refused(main: Callable, tmp_path: Path) -> None:
+    flags = [*SHORT, "--total-timesteps", 64]
+    assert main(*flags, "--distribution", "beta", "--run-dir", "r", module=ppo)[0] == 0
+    code, _, err = main(*flags, "--ref-checkpoint", "r", "--run-dir", "s", module=ppo)
+    assert (code, err) == (2, "error: --ref-checkpoint: its distribution is beta\n")
+    assert not (tmp_path / "s").exists()
+
+
+class Broken(gym.Env):
+    """Its third observation is not a number."""
+
+    observation_space, action_space = BOX, ACTIONS
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
+        super().reset(seed=seed)
+        self.steps = 0
+        return np.zeros(3, np.float32), {}
+
+    def step(self, action: np.ndarray) -> tuple:
+        self.steps += 1
+        obs = np.full(3, np.nan if self.steps == 3 else 0, np.float32)
+        return obs, 0.0, False, self.steps == 20, {}
+
+
+gym.register("Broken-v1", Broken)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "beta"])
+def test_a_broken_observation_ends_in_one_line(kind: str, main: Callable) -> None:
+    flags = ["--env-id", "Broken-v1", "--distribution", kind, *SHORT[2:], "--total-timesteps", 64]
+    code, out, err = main(*flags, module=ppo)
+    assert (code, out) == (1, "")
+    assert err.splitlines()[-1] == "error: the observation of environment 0 is not finite at step 2"
 
 
 def test_pendulum_is_learned(main: Callable, tmp_path: Path) -> None:

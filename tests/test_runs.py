@@ -898,3 +898,38 @@ def test_error_has_a_line_of_its_own(main: Callable) -> None:
     code, _, err = main(*flags.split(), "--env-kwargs", '{"what": "reward"}')
     assert code == 1
     assert re.search(r"[\r\n]error: [^\r\n]*reward[^\r\n]*\n", err), err
+
+
+def test_resume_takes_a_new_kl_coef_and_keeps_an_adapted_one(train: Callable) -> None:
+    flags = f"{FLAGS} --total-timesteps 96 --run-dir r --kl-coef 0.5"
+    train(f"{flags} --kl-target 10")
+    adapted = checkpoint()["beta"]
+    assert adapted == 0.5 / 2**3
+    train("--resume r --total-timesteps 128")
+    assert curve("charts/kl_coef")[-1] == adapted
+    train("--resume r --total-timesteps 160 --kl-coef 3 --kl-target none")
+    assert curve("charts/kl_coef")[-1] == 3
+
+
+def test_resume_does_not_write_over_another_run(train: Callable, main: Callable) -> None:
+    for name in "rs":
+        train(f"{FLAGS} --total-timesteps 64 --run-dir {name}")
+    before = Path("s/checkpoint.pt").read_bytes()
+    code, _, err = main("--resume", "r", "--run-dir", "s", "--total-timesteps", "128")
+    assert code == 2
+    assert err == "error: --run-dir s: holds a run; --resume it or name another directory\n"
+    assert Path("s/checkpoint.pt").read_bytes() == before
+    train("--resume r --run-dir new --total-timesteps 128")
+    assert checkpoint("new")["step"] == 128
+    assert checkpoint("r")["step"] == 64
+
+
+def test_checkpoint_without_a_part_is_refused(train: Callable, main: Callable) -> None:
+    train(f"{FLAGS} --total-timesteps 64 --run-dir r")
+    state = checkpoint()
+    del state["rng"]
+    torch.save(state, "r/checkpoint.pt")
+    code, _, err = main("--resume", "r", "--total-timesteps", "128")
+    assert code == 2
+    assert err.startswith("error: --resume r: no checkpoint of this script")
+    assert "rng" in err

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path.name for path in ROOT.glob("ppo_*.py"))
 
 # What may differ, for it is about actions: defaults and further flags, and the policy's head.
-OWN = {"Args", "PIXEL_DEFAULTS", "RANGES", "OTHER_SCRIPTS", "open_envs"} | {
+OWN = {"Args", "beta_dist", "PIXEL_DEFAULTS", "RANGES", "OTHER_SCRIPTS", "open_envs"} | {
     f"Agent.{name}"
     for name in "__init__ act forward distribution draw_noise sample mode log_prob entropy "
     "kl_divergence to_env deviation".split()
@@ -24,6 +24,10 @@ EXTRA = {
         "if args.std == 'fixed':\n    agent.log_std.data.fill_(log_std)",
         "deviations = agent.deviation(batch.dists[batch.weights > 0]).mean(0).tolist()",
         "scalars |= {f'policy/std_{i}': std for i, std in enumerate(deviations)}",
+    ),
+    ("ppo_continuous.py", "main"): (
+        "if saved['args'].distribution != args.distribution:\n    "
+        "fail(f\"--ref-checkpoint: its distribution is {saved['args'].distribution}\")",
     ),
 }
 
