@@ -285,12 +285,20 @@ class Broken(gym.Env):
         return obs, 0.0, False, self.steps == 20, {}
 
 
-gym.register("Broken-v1", Broken)
+gym.register("BrokenBox-v0", Broken)
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "beta"])
 def test_a_broken_observation_ends_in_one_line(kind: str, main: Callable) -> None:
-    flags = ["--env-id", "Broken-v1", "--distribution", kind, *SHORT[2:], "--total-timesteps", 64]
+    flags = [
+        "--env-id",
+        "BrokenBox-v0",
+        "--distribution",
+        kind,
+        *SHORT[2:],
+        "--total-timesteps",
+        64,
+    ]
     code, out, err = main(*flags, module=ppo)
     assert (code, out) == (1, "")
     assert err.splitlines()[-1] == "error: the observation of environment 0 is not finite at step 2"

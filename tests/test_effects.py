@@ -103,11 +103,14 @@ def learn(made: SimpleNamespace, warmup: bool = False, **flags: Any) -> SimpleNa
         if not args.compile:
             patch.setattr(ppo, "ppo_loss", spy)
         metrics = ppo.update(agent, optimizer, made.rollout, made.batch, args, coefs, warmup)
-    steps = {part: 0 for part in ("trunk", "actor", "critic")}
-    for name, parameter in agent.named_parameters():
-        steps[name.split(".")[0]] = int(optimizer.state[parameter].get("step", 0))
+    flat = [group["params"][0] for group in optimizer.param_groups]
+    actor, critic = (int(optimizer.state[p].get("step", 0)) for p in flat)
+    steps = {"trunk": actor if len(agent.trunk) else 0, "actor": actor, "critic": critic}
+    gradient = torch.cat([torch.zeros_like(p) if p.grad is None else p.grad for p in flat])
     metrics = dict(zip(ppo.METRICS, metrics.tolist(), strict=True))
-    return SimpleNamespace(agent=agent, metrics=metrics, calls=calls, steps=steps)
+    return SimpleNamespace(
+        agent=agent, metrics=metrics, calls=calls, steps=steps, gradient=gradient.double()
+    )
 
 
 def parts_that_differ(a: nn.Module, b: nn.Module) -> set[str]:
@@ -696,13 +699,12 @@ def test_max_grad_norm(limit: float | None) -> None:
     made = prepare(update_epochs=1, num_minibatches=1)
     raw, found = learn(made, max_grad_norm=None), learn(made, max_grad_norm=limit)
     assert raw.metrics == found.metrics
-    grads = [p.grad.double() for p in raw.agent.parameters()]
-    norm = math.sqrt(sum(grad.square().sum().item() for grad in grads))
+    norm = math.sqrt(raw.gradient.square().sum().item())
     assert found.metrics["losses/grad_norm"] == pytest.approx(norm, rel=1e-5)
     scale = 1e-3 / norm if limit == 1e-3 else 1.0
     assert norm > 1e-2
-    for grad, parameter in zip(grads, found.agent.parameters(), strict=True):
-        torch.testing.assert_close(parameter.grad.double(), scale * grad, rtol=1e-3, atol=1e-9)
+    assert len(raw.gradient) == sum(p.numel() for p in raw.agent.parameters())
+    torch.testing.assert_close(found.gradient, scale * raw.gradient, rtol=1e-3, atol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -724,12 +726,17 @@ def test_adam_eps(iterations: Callable, flags: str, actor: float, critic: float)
 def test_groups_of_the_optimiser(shared: bool) -> None:
     """Policy and trunk, then the critic; no parameter twice or left out."""
     agent = ppo.Agent(ppo.Args(shared_network=shared), BOX, TWO)
-    names = {id(parameter): name for name, parameter in agent.named_parameters()}
-    groups = ppo.make_optimizer(agent, ppo.Args()).param_groups
-    actor, critic = ([names.pop(id(p)) for p in group["params"]] for group in groups)
-    assert not names
-    assert {name.split(".")[0] for name in actor} == ({"trunk", "actor"} if shared else {"actor"})
-    assert {name.split(".")[0] for name in critic} == {"critic"}
+    before = {name: p.clone() for name, p in agent.named_parameters()}
+    for group, parts in zip(
+        ppo.make_optimizer(agent, ppo.Args()).param_groups, ("trunk actor", "critic"), strict=True
+    ):
+        (flat,) = group["params"]
+        own = [name for name, _ in agent.named_parameters() if name.split(".")[0] in parts]
+        assert torch.equal(flat, torch.cat([before[name].flatten() for name in own]))
+        flat.data.add_(1)
+        for name in own:
+            assert torch.equal(agent.get_parameter(name), before.pop(name) + 1), name
+    assert not before
 
 
 @pytest.mark.parametrize(

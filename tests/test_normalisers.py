@@ -221,6 +221,7 @@ def fake_rollout(obs: Tensor, rewards: Tensor, valid: np.ndarray | None = None) 
         truncated=~ends,
         valid=np.ones((steps + 1, n), bool) if valid is None else valid,
         lives=np.zeros((steps + 1, n), np.int64),
+        atari=False,
         final_obs=[],
         so_far=np.zeros((2, n)),
         discounted=torch.zeros(n),

@@ -471,8 +471,9 @@ def test_learning_rates(anneal: bool, main: Callable, monkeypatch: pytest.Monkey
 
     def spy(agent: ppo.Agent, optimizer: torch.optim.Adam, *rest: Any) -> Tensor:
         groups.append([(group["lr"], group["eps"]) for group in optimizer.param_groups])
-        sizes = [len(group["params"]) for group in optimizer.param_groups]
-        assert sizes == [len(list(agent.actor.parameters())), len(list(agent.critic.parameters()))]
+        sizes = [group["params"][0].numel() for group in optimizer.param_groups]
+        parts = (agent.actor, agent.critic)
+        assert sizes == [sum(p.numel() for p in part.parameters()) for part in parts]
         return update(agent, optimizer, *rest)
 
     monkeypatch.setattr(ppo, "update", spy)
@@ -492,9 +493,14 @@ def test_optimizer_holds_every_parameter_once() -> None:
         agent = make_agent(ppo.Args(shared_network=shared))
         actor, critic = (g["params"] for g in ppo.make_optimizer(agent, ppo.Args()).param_groups)
         policy = [*agent.trunk.parameters(), *agent.actor.parameters()]
-        assert {id(p) for p in actor} == {id(p) for p in policy}
-        assert {id(p) for p in critic} == {id(p) for p in agent.critic.parameters()}
-        assert len(actor) + len(critic) == len(list(agent.parameters()))
+        for flat, parts in ((actor, policy), (critic, list(agent.critic.parameters()))):
+            memory = sorted((p.data_ptr(), p.numel()) for p in parts)
+            start, end = flat[0].data_ptr(), flat[0].data_ptr() + 4 * flat[0].numel()
+            assert len(flat) == 1
+            assert [pointer for pointer, _ in memory] == [
+                start + 4 * sum(n for _, n in memory[:i]) for i in range(len(memory))
+            ]
+            assert memory[-1][0] + 4 * memory[-1][1] == end
 
 
 def test_invalid_rows_move_no_weight() -> None:

@@ -361,6 +361,7 @@ def test_lives_and_signs(pixels: bool, episodic_life: bool, sign_reward: bool) -
         terminated=ends,
         truncated=np.zeros((4, 1), bool),
         lives=np.array([[3], [3], [2], [3], [4]]),
+        atari=pixels,
         valid=np.ones((5, 1), bool),
         so_far=np.zeros((2, 1)),
         obs=torch.zeros(5, 1, 1),
@@ -381,6 +382,7 @@ def test_signs_of_rewards_are_kept_for_pixels_without_lives() -> None:
         terminated=np.zeros((2, 1), bool),
         truncated=np.zeros((2, 1), bool),
         lives=np.zeros((3, 1), np.int64),
+        atari=False,
         obs=torch.zeros(3, 1, 1),
     )
     rewards, *_ = ppo.learning_signals(SimpleNamespace(pixels=True), rollout, ppo.Args())
