@@ -743,11 +743,11 @@ def ppo_loss(agent: Agent, batch: Batch, coefs: Tensor, args: Args) -> tuple[Ten
     """
     dists, values = agent(batch.obs)
     logratio = agent.log_prob(dists, batch.actions) - batch.logprobs
-    ratio, huber = logratio.exp(), args.value_loss == "huber"
+    ratio, moved, huber = logratio.exp(), values - batch.values, args.value_loss == "huber"
     unclipped = worst = value_loss(values, batch.targets, huber)
     vclip = args.clip_coef if args.vclip_coef is None else args.vclip_coef
     if args.clip_vloss and vclip is not None:
-        near = batch.values + (values - batch.values).clamp(-vclip, vclip)
+        near = batch.values + moved.clamp(-vclip, vclip)
         worst = larger(unclipped, value_loss(near, batch.targets, huber))
     with torch.set_grad_enabled(args.kl_coef > 0 or args.kl_target is not None):
         kl = agent.kl_divergence(batch.dists, dists)
@@ -759,7 +759,7 @@ def ppo_loss(agent: Agent, batch: Batch, coefs: Tensor, args: Args) -> tuple[Ten
     with torch.no_grad():
         change = ratio - 1
         clipped = (change.abs() > (args.clip_coef or torch.inf)).float()
-        value_clipped = ((values - batch.values).abs() > (vclip or torch.inf)).float()
+        value_clipped = (moved.abs() > (vclip or torch.inf)).float()
         evidence = (-logratio, change - logratio, clipped, unclipped, value_clipped, values)
         metrics = torch.cat((terms, torch.stack(evidence) @ batch.weights))
     return coefs @ terms, metrics
