@@ -411,6 +411,8 @@ class Chain(nn.Sequential):
             x = call(x)
         return x
 
+    __call__ = forward
+
 
 beta_dist = partial(Beta, validate_args=False)  # what is not finite is found after the rollout
 
@@ -816,6 +818,23 @@ def ppo_loss(agent: Agent, batch: Batch, coefs: Tensor, args: Args) -> tuple[Ten
     return coefs @ terms, metrics
 
 
+def loss_gradient(
+    agent: Agent, parameters: list[nn.Parameter], batch: Batch, coefs: Tensor, args: Args
+) -> tuple[Tensor, Tensor]:
+    """Gradient [P] of `ppo_loss` by the parameters, as one vector, and its metrics."""
+    loss, metrics = ppo_loss(agent, batch, coefs, args)
+    parts = torch.autograd.grad(loss, parameters)
+    return torch.cat([part.flatten() for part in parts]), metrics
+
+
+def clip_norm(gradient: Tensor, limit: float | None) -> Tensor:
+    """Scale a gradient [P] down to a norm of `limit`; returns the norm [] that it had."""
+    norm = torch.linalg.vector_norm(gradient)
+    if limit is not None:
+        gradient /= (norm / limit).clamp(min=1)
+    return norm
+
+
 # ---- update
 
 
@@ -826,24 +845,59 @@ def parameters_of(agent: Agent) -> tuple[list[nn.Parameter], list[nn.Parameter]]
     return actor, [p for name, p in named if name.startswith("critic.")]
 
 
-def flatten(parameters: list[nn.Parameter]) -> nn.Parameter:
-    """One parameter in whose memory the given ones lie side by side: one step moves them all."""
-    flat = nn.Parameter(torch.cat([p.detach().flatten() for p in parameters]))
-    parts = flat.detach().split([p.numel() for p in parameters])
-    for parameter, part in zip(parameters, parts, strict=True):
-        parameter.data = part.view_as(parameter)
-    return flat
+class Adam:
+    """Adam (Kingma and Ba 2015, section 2) on one vector of P weights that all parameters share.
+
+    It has two groups, first the policy's weights and those of a shared trunk, then the critic's.
+    """
+
+    def __init__(self, agent: Agent, args: Args) -> None:
+        groups = parameters_of(agent)
+        self.parameters = [parameter for group in groups for parameter in group]
+        self.weights = torch.cat([p.detach().flatten() for p in self.parameters])
+        parts = self.weights.split([p.numel() for p in self.parameters])
+        for parameter, part in zip(self.parameters, parts, strict=True):
+            parameter.data = part.view_as(parameter)
+        self.average, self.square = torch.zeros_like(self.weights), torch.zeros_like(self.weights)
+        self.param_groups = [
+            {
+                "size": sum(p.numel() for p in group),
+                "lr": args.learning_rate,
+                "eps": args.adam_eps if eps is None else eps,
+                "step": 0,
+            }
+            for group, eps in zip(groups, (args.actor_adam_eps, args.critic_adam_eps), strict=True)
+        ]
+
+    def step(self, gradient: Tensor) -> None:
+        """Move the weights by their gradient [P], or the critic's alone by theirs."""
+        start = len(self.weights) - len(gradient)
+        groups = self.param_groups[1 if start else 0 :]
+        average, square = self.average[start:], self.square[start:]
+        average.lerp_(gradient, 1 - 0.9)
+        square.lerp_(gradient.square(), 1 - 0.999)
+        sizes = [group["size"] for group in groups]
+        rows = (x.split(sizes) for x in (self.weights[start:], average, square.sqrt()))
+        for group, weights, mean, root in zip(groups, *rows, strict=True):
+            group["step"] += 1
+            bias, root_bias = 1 - 0.9 ** group["step"], (1 - 0.999 ** group["step"]) ** 0.5
+            rate = group["lr"] * root_bias / bias
+            weights.addcdiv_(mean, root.add_(group["eps"] * root_bias), value=-rate)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Moments and the groups' numbers of steps."""
+        steps = [group["step"] for group in self.param_groups]
+        return {"average": self.average, "square": self.square, "steps": steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from the moments and numbers of steps of a `state_dict`."""
+        self.average.copy_(state["average"])
+        self.square.copy_(state["square"])
+        for group, steps in zip(self.param_groups, state["steps"], strict=True):
+            group["step"] = steps
 
 
-def make_optimizer(agent: Agent, args: Args) -> torch.optim.Adam:
-    """Adam with two groups, all of the policy and the critic, each one flat parameter."""
-    actor, critic = ({"params": flatten(parameters)} for parameters in parameters_of(agent))
-    for group, eps in ((actor, args.actor_adam_eps), (critic, args.critic_adam_eps)):
-        group["eps"] = args.adam_eps if eps is None else eps
-    return torch.optim.Adam([actor, critic], fused=True)
-
-
-def schedule(optimizer: torch.optim.Adam, args: Args, iteration: int, total: int) -> float:
+def schedule(optimizer: Adam, args: Args, iteration: int, total: int) -> float:
     """Set the learning rates for iteration 0 to total - 1; returns the weight of the entropy."""
     rates = (args.actor_learning_rate, args.critic_learning_rate)
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -859,7 +913,7 @@ def line(first: float, last: float | None, iteration: int, total: int) -> float:
 
 def update(
     agent: Agent,
-    optimizer: torch.optim.Adam,
+    optimizer: Adam,
     rollout: Rollout,
     batch: Batch,
     args: Args,
@@ -870,11 +924,10 @@ def update(
 
     Returns METRICS, means over all minibatches. Nothing is read back but the KL for `target_kl`.
     """
-    loss_fn = torch.compile(ppo_loss) if args.compile else ppo_loss
+    gradient_of = torch.compile(loss_gradient) if args.compile else loss_gradient
     critic_coefs = coefs * torch.eye(len(coefs), device=coefs.device)[1]
-    actor, critic = parameters_of(agent)
-    (flat_actor,), (flat_critic,) = (group["params"] for group in optimizer.param_groups)
-    history, shape, stopped = [], (args.num_minibatches, -1), False
+    parameters, (_, critic) = optimizer.parameters, parameters_of(agent)
+    norms, history, shape, stopped = [], [], (args.num_minibatches, -1), False
     for epoch, alone in enumerate([warmup] * args.update_epochs + [True] * args.critic_epochs):
         if stopped and not alone:
             continue
@@ -890,20 +943,15 @@ def update(
             advantages = standardize(advantages.view(scope), weights.view(scope)).view(shape)
         epoch_rows = epoch_rows._replace(advantages=advantages, weights=normalize(weights))
         for minibatch in map(Batch._make, zip(*epoch_rows, strict=True)):
-            loss, metrics = loss_fn(agent, minibatch, critic_coefs if alone else coefs, args)
-            parts = torch.autograd.grad(loss, critic if alone else actor + critic)
-            gradient = torch.cat([part.flatten() for part in parts])
-            norm = gradient.norm()
-            if args.max_grad_norm is not None:
-                gradient *= (args.max_grad_norm / (norm + 1e-6)).clamp(max=1)
-            flat_actor.grad = None if alone else gradient[: len(flat_actor)]
-            flat_critic.grad = gradient[-len(flat_critic) :]
-            optimizer.step()
-            history.append(torch.cat((metrics, norm[None])))
+            trained, weights = (critic, critic_coefs) if alone else (parameters, coefs)
+            gradient, metrics = gradient_of(agent, trained, minibatch, weights, args)
+            norms.append(clip_norm(gradient, args.max_grad_norm))
+            history.append(metrics)
+            optimizer.step(gradient)
         if args.target_kl is not None and not alone:
             kl = torch.stack(history[-args.num_minibatches :])[:, METRICS.index("losses/approx_kl")]
             stopped = bool(kl.mean() > args.target_kl)
-    return torch.stack(history).mean(0)
+    return torch.cat((torch.stack(history).mean(0), torch.stack(norms).mean(0, True)))
 
 
 # ---- logging
@@ -1020,10 +1068,9 @@ def train(
     """Iterations of rollout, targets and update, from the checkpoint `state` if there is one."""
     device, batch_size = agent.obs_norm.mean.device, args.num_envs * args.num_steps
     num_iterations = args.total_timesteps // batch_size
-    optimizer = make_optimizer(agent, args)
+    optimizer = Adam(agent, args)
     if state:
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
+        optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
         if len(state["cuda_rng"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(state["cuda_rng"])

@@ -98,15 +98,17 @@ def learn(made: SimpleNamespace, warmup: bool = False, **flags: Any) -> SimpleNa
         return loss(agent, minibatch, coefs, args)
 
     torch.manual_seed(5)
-    optimizer = ppo.make_optimizer(agent, args)
+    optimizer = ppo.Adam(agent, args)
+    step, gradients = optimizer.step, []
+    optimizer.step = lambda gradient: (gradients.append(gradient.clone()), step(gradient))
     with pytest.MonkeyPatch.context() as patch:
         if not args.compile:
             patch.setattr(ppo, "ppo_loss", spy)
         metrics = ppo.update(agent, optimizer, made.rollout, made.batch, args, coefs, warmup)
-    flat = [group["params"][0] for group in optimizer.param_groups]
-    actor, critic = (int(optimizer.state[p].get("step", 0)) for p in flat)
+    actor, critic = (group["step"] for group in optimizer.param_groups)
     steps = {"trunk": actor if len(agent.trunk) else 0, "actor": actor, "critic": critic}
-    gradient = torch.cat([torch.zeros_like(p) if p.grad is None else p.grad for p in flat])
+    gradient = torch.zeros_like(optimizer.weights)
+    gradient[-len(gradients[-1]) :] = gradients[-1]
     metrics = dict(zip(ppo.METRICS, metrics.tolist(), strict=True))
     return SimpleNamespace(
         agent=agent, metrics=metrics, calls=calls, steps=steps, gradient=gradient.double()
@@ -142,7 +144,7 @@ def iterations(main: Callable, monkeypatch: pytest.MonkeyPatch) -> Callable:
     def iterations(flags: str) -> list[SimpleNamespace]:
         seen, update = [], ppo.update
 
-        def spy(agent: ppo.Agent, optimizer: torch.optim.Adam, *rest: Any) -> Tensor:
+        def spy(agent: ppo.Agent, optimizer: ppo.Adam, *rest: Any) -> Tensor:
             groups = [{k: group[k] for k in ("lr", "eps")} for group in optimizer.param_groups]
             _, batch, _, coefs, warmup = rest
             seen.append(
@@ -727,13 +729,12 @@ def test_groups_of_the_optimiser(shared: bool) -> None:
     """Policy and trunk, then the critic; no parameter twice or left out."""
     agent = ppo.Agent(ppo.Args(shared_network=shared), BOX, TWO)
     before = {name: p.clone() for name, p in agent.named_parameters()}
-    for group, parts in zip(
-        ppo.make_optimizer(agent, ppo.Args()).param_groups, ("trunk actor", "critic"), strict=True
-    ):
-        (flat,) = group["params"]
+    optimizer = ppo.Adam(agent, ppo.Args())
+    flats = optimizer.weights.split([group["size"] for group in optimizer.param_groups])
+    for flat, parts in zip(flats, ("trunk actor", "critic"), strict=True):
         own = [name for name, _ in agent.named_parameters() if name.split(".")[0] in parts]
         assert torch.equal(flat, torch.cat([before[name].flatten() for name in own]))
-        flat.data.add_(1)
+        flat.add_(1)
         for name in own:
             assert torch.equal(agent.get_parameter(name), before.pop(name) + 1), name
     assert not before
@@ -794,11 +795,10 @@ def test_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     eager = learn(made)
     assert not compiled
     fast, again = learn(made, compile=True), prepare(compile=True)
-    assert compiled == ["ppo_loss", "act"]
+    assert compiled == ["loss_gradient", "act"]
     assert torch.equal(again.rollout.actions, made.rollout.actions)
     assert fast.metrics == pytest.approx(eager.metrics, abs=1e-5)
-    for a, b in zip(eager.agent.parameters(), fast.agent.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(eager.gradient, fast.gradient, atol=1e-5, rtol=1e-4)
 
 
 # ---- together

@@ -399,7 +399,7 @@ def test_row_after_an_end_contributes_nothing(flags: dict) -> None:
         }
         batch = batch._replace(**spoilt, obs=batch.obs + poison * bad.flatten()[:, None])
         torch.manual_seed(3)
-        optimizer = ppo.make_optimizer(learner, args)
+        optimizer = ppo.Adam(learner, args)
         coefs = torch.tensor([1.0, 0.5, -0.01, 0.0, 0.0])
         metrics = ppo.update(learner, optimizer, played, batch, args, coefs, False)
         values = played.values + poison * bad.flatten()

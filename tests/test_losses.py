@@ -513,7 +513,7 @@ def test_scope_of_standardised_advantages(
 
     monkeypatch.setattr(ppo, "ppo_loss", spy)
     batch = batch._replace(advantages=torch.as_tensor(raw), weights=weights)
-    ppo.update(agent, ppo.make_optimizer(agent, args), None, batch, args, COEFS, False)
+    ppo.update(agent, ppo.Adam(agent, args), None, batch, args, COEFS, False)
     assert len(seen) == 8
     for minibatch in seen:
         rows = [(batch.obs == obs).all(-1).nonzero().item() for obs in minibatch.obs]

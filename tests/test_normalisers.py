@@ -294,7 +294,7 @@ def test_value_clip_is_in_standardised_units(flags: dict, learns: bool) -> None:
     """Values from 100 to 200 and a clip of 0.2: only standardised ones get there."""
     args = ppo.Args(hidden_sizes=(16,), clip_coef=0.2, num_minibatches=2, norm_adv=False, **flags)
     agent = make_agent(**flags)
-    optimizer = ppo.make_optimizer(agent, args)
+    optimizer = ppo.Adam(agent, args)
     for group in optimizer.param_groups:
         group["lr"] = 0.01
     coefs = torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0])
@@ -410,7 +410,7 @@ def test_a_rollout_without_valid_rows_spoils_nothing(norm_value: str) -> None:
     rollout.signals = ppo.learning_signals(agent, rollout, args)
     batch = ppo.make_batch(agent, None, rollout, args)
     assert same(statistics(agent), before)
-    optimizer = ppo.make_optimizer(agent, replace(args, num_minibatches=1))
+    optimizer = ppo.Adam(agent, replace(args, num_minibatches=1))
     coefs = torch.tensor([1.0, 0.5, -0.01, 0.0, 0.0])
     ppo.update(agent, optimizer, rollout, batch, replace(args, num_minibatches=1), coefs, False)
     assert all(p.isfinite().all() for p in agent.parameters())

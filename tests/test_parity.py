@@ -1,5 +1,6 @@
 """The update against Stable-Baselines3, and against the loop written out in float64."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -60,7 +61,7 @@ def run_update(
     agent: ppo.Agent, batch: ppo.Batch, args: ppo.Args, coefs: list[float], warmup: bool = False
 ) -> Tensor:
     """`update` with the learning rates that `train` would set in its first iteration."""
-    optimizer = ppo.make_optimizer(agent, args)
+    optimizer = ppo.Adam(agent, args)
     rates = (args.actor_learning_rate, args.critic_learning_rate)
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = args.learning_rate if rate is None else rate
@@ -378,7 +379,7 @@ def test_the_critic_alone(kind: str, shared: bool) -> None:
     batch = make_batch(agent)
     torch.manual_seed(0)
     run_update(agent, batch, args, coefs)
-    optimizer = ppo.make_optimizer(agent, args)
+    optimizer = ppo.Adam(agent, args)
     policy = nn.ModuleList([agent.trunk, agent.actor])
     before, critic = snapshot(policy), snapshot(agent.critic)
     if kind == "warm-up":
@@ -469,9 +470,9 @@ def test_learning_rates(anneal: bool, main: Callable, monkeypatch: pytest.Monkey
     """Each group has its own; annealed from the full rate, linearly, to above zero."""
     groups, update = [], ppo.update
 
-    def spy(agent: ppo.Agent, optimizer: torch.optim.Adam, *rest: Any) -> Tensor:
+    def spy(agent: ppo.Agent, optimizer: ppo.Adam, *rest: Any) -> Tensor:
         groups.append([(group["lr"], group["eps"]) for group in optimizer.param_groups])
-        sizes = [group["params"][0].numel() for group in optimizer.param_groups]
+        sizes = [group["size"] for group in optimizer.param_groups]
         parts = (agent.actor, agent.critic)
         assert sizes == [sum(p.numel() for p in part.parameters()) for part in parts]
         return update(agent, optimizer, *rest)
@@ -491,12 +492,12 @@ def test_optimizer_holds_every_parameter_once() -> None:
     """Policy and trunk in one group, the critic in the other, normalisers in none."""
     for shared in (True, False):
         agent = make_agent(ppo.Args(shared_network=shared))
-        actor, critic = (g["params"] for g in ppo.make_optimizer(agent, ppo.Args()).param_groups)
+        optimizer = ppo.Adam(agent, ppo.Args())
+        flats = optimizer.weights.split([group["size"] for group in optimizer.param_groups])
         policy = [*agent.trunk.parameters(), *agent.actor.parameters()]
-        for flat, parts in ((actor, policy), (critic, list(agent.critic.parameters()))):
+        for flat, parts in zip(flats, (policy, list(agent.critic.parameters())), strict=True):
             memory = sorted((p.data_ptr(), p.numel()) for p in parts)
-            start, end = flat[0].data_ptr(), flat[0].data_ptr() + 4 * flat[0].numel()
-            assert len(flat) == 1
+            start, end = flat.data_ptr(), flat.data_ptr() + 4 * flat.numel()
             assert [pointer for pointer, _ in memory] == [
                 start + 4 * sum(n for _, n in memory[:i]) for i in range(len(memory))
             ]
@@ -519,3 +520,50 @@ def test_invalid_rows_move_no_weight() -> None:
         results.append([*snapshot(agent), metrics])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+# ---- optimiser
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_adam_is_torchs(shared: bool) -> None:
+    """Both groups with rates and epsilons of their own, the critic at times alone: torch's Adam."""
+    args = ppo.Args(shared_network=shared, actor_adam_eps=1e-3, critic_adam_eps=1e-8)
+    ours, theirs = make_agent(args), make_agent(args)
+    groups = [{"params": parameters} for parameters in ppo.parameters_of(theirs)]
+    peer = torch.optim.Adam(groups, foreach=False)
+    peer.param_groups[0]["eps"], peer.param_groups[1]["eps"] = 1e-3, 1e-8
+    optimizer, generator = ppo.Adam(ours, args), torch.manual_seed(3)
+    for i in range(60):
+        if i == 30:  # as after a resumption
+            saved = optimizer.state_dict()
+            saved = {k: v.clone() if torch.is_tensor(v) else v for k, v in saved.items()}
+            optimizer = ppo.Adam(ours, args)
+            optimizer.load_state_dict(saved)
+        rates = (0.01 / (1 + i), 0.003)
+        for group, other, rate in zip(
+            optimizer.param_groups, peer.param_groups, rates, strict=True
+        ):
+            group["lr"] = other["lr"] = rate
+        alone, parts = i < 3 or i % 4 == 0, []
+        for group in peer.param_groups:
+            for p in group["params"]:
+                p.grad = torch.randn(p.shape, generator=generator) * 10.0 ** (i % 5 - 3)
+                if alone and group is peer.param_groups[0]:
+                    p.grad = None
+                else:
+                    parts.append(p.grad.flatten())
+        optimizer.step(torch.cat(parts))
+        peer.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("limit", [None, 0.5, 100.0])
+def test_clip_norm_is_torchs(limit: float | None) -> None:
+    gradient = torch.randn(50, generator=torch.manual_seed(0))
+    parameter = nn.Parameter(torch.zeros(50))
+    parameter.grad = gradient.clone()
+    expected = nn.utils.clip_grad_norm_(parameter, math.inf if limit is None else limit)
+    assert ppo.clip_norm(gradient, limit).item() == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(gradient, parameter.grad, atol=1e-7, rtol=1e-5)

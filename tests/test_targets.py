@@ -438,7 +438,7 @@ def test_recompute_advantages(
     critics.append(naive())  # make_batch may advance the value normaliser
     batch = ppo.make_batch(agent, None, rollout, args)
     batch = batch._replace(weights=batch.weights.double())
-    optimizer = ppo.make_optimizer(agent, args)
+    optimizer = ppo.Adam(agent, args)
     for group in optimizer.param_groups:
         group["lr"] = 0.05
     coefs = torch.tensor([1.0, 0.5, -0.01, 0.0, 0.0], dtype=torch.float64)
