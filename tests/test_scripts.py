@@ -11,11 +11,15 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path.name for path in ROOT.glob("ppo_*.py"))
 
-# What may differ, for it is about actions: defaults and further flags, and the policy's head.
-OWN = {"Args", "beta_dist", "PIXEL_DEFAULTS", "RANGES", "OTHER_SCRIPTS", "open_envs"} | {
+# What may differ, for it is about actions: defaults, further flags, the policy's head, and masks.
+OWN = set(
+    "Args beta_dist PIXEL_DEFAULTS RANGES OTHER_SCRIPTS open_envs is_flat TaxiDispatch move_mask "
+    "keys_beside_mask without_mask MaskInfo VectorMaskInfo MASKED keep_masks invalid_fraction "
+    "check_mask".split()
+) | {
     f"Agent.{name}"
-    for name in "__init__ act forward distribution draw_noise sample mode log_prob entropy "
-    "kl_divergence to_env deviation".split()
+    for name in "__init__ preprocess act forward distribution draw_noise sample mode log_prob "
+    "entropy kl_divergence to_env deviation heed path chosen".split()
 }
 # Statements that one script has beside the shared text.
 EXTRA = {
@@ -29,12 +33,69 @@ EXTRA = {
         "if saved['args'].distribution != args.distribution:\n    "
         "fail(f\"--ref-checkpoint: its distribution is {saved['args'].distribution}\")",
     ),
+    ("ppo_multidiscrete_mask.py", "make_env"): ("env = MaskInfo(env)",),
+    ("ppo_multidiscrete_mask.py", "make_envs"): ("envs = VectorMaskInfo(envs)",),
+    ("ppo_multidiscrete_mask.py", "Rollout"): (
+        "self.stuck: tuple[int, int, int] | None = None",
+        "found = infos.get('action_mask', np.ones((n, sum(agent.nvec)), bool))",
+        "self.masked, self.masks = ('action_mask' in infos, np.zeros((rows, *found.shape), bool))",
+        "self.masks[:] = found",
+        "self.allowed = torch.ones(rows, n, sum(agent.nvec), dtype=torch.bool, device=device)",
+    ),
+    ("ppo_multidiscrete_mask.py", "collect"): (
+        "rollout.masks[0] = rollout.masks[-1]",
+        "next_step = envs.metadata['autoreset_mode'] == AutoresetMode.NEXT_STEP",
+        "masks = torch.as_tensor(rollout.masks[t], device=obs.device)",
+        "chosen, rollout.allowed[t] = act(obs, masks, draw)",
+        "if len((refused := agent.chosen(rollout.allowed[t], actions).logical_not().nonzero())):\n"
+        "    rollout.stuck = (t, *refused[0].tolist())\n    return",
+        "keep_masks(rollout, t + 1, infos, terminated | truncated, next_step)",
+    ),
+    ("ppo_multidiscrete_mask.py", "Batch"): ("masks: Tensor",),
+    ("ppo_multidiscrete_mask.py", "make_batch"): ("masks = rollout.allowed[:-1].flatten(0, 1)",),
+    ("ppo_multidiscrete_mask.py", "find_broken"): (
+        "if rollout.stuck:\n    t, n, head = rollout.stuck\n"
+        "    step += t * len(rollout.so_far[0])\n    return "
+        "f'the mask of environment {n} allows no choice of head {head} at step {step}'",
+    ),
+    ("ppo_multidiscrete_mask.py", "train"): (
+        "scalars |= {'policy/invalid_fraction': invalid_fraction(agent, rollout)}",
+    ),
+    ("ppo_multidiscrete_mask.py", "evaluate"): (
+        "next_step = envs.metadata['autoreset_mode'] == AutoresetMode.NEXT_STEP",
+        "masks = torch.as_tensor(rollout.masks[-1], device=rollout.obs.device)",
+        "actions, allowed = agent.act(obs, masks, noise)",
+        "if not agent.chosen(allowed, actions).all():\n"
+        "    fail('the mask of environment 0 allows no choice of a head', 1)",
+        "keep_masks(rollout, -1, infos, terminated | truncated, next_step)",
+    ),
+    ("ppo_multidiscrete_mask.py", "main"): ("check_mask(one, args)",),
+}
+# Words of the script with masks, and what the others have in their place.
+WORDS = {
+    "obs: Tensor, masks: Tensor)": "obs: Tensor)",
+    ", masks.split(1024))": ")",
+    "(0, 1), rollout.allowed.flatten(0, 1))": "(0, 1))",
+    "obs, rollout.allowed[-1, list(n)])": "obs)",
+    "(reference, obs, masks)": "(reference, obs)",
+    "        masks=masks,\n": "",
+    "batch.obs, batch.masks)": "batch.obs)",
+    "actions.copy_(chosen)": "actions.copy_(act(obs, draw))",
+    "    if next_step:\n        rollout.valid": '    if envs.metadata["autoreset_mode"] == '
+    "AutoresetMode.NEXT_STEP:\n        rollout.valid",
+    "obs, reward, terminated, truncated, infos = envs.step(agent.to_env(actions))": "obs, reward, "
+    "terminated, truncated, _ = envs.step(agent.to_env(agent.act(obs, noise)))",
+    "if len(obs_space.shape) == 3 and not state": "if is_pixels(obs_space) and not state",
 }
 
 
 def definitions(script: str) -> dict[str, str]:
     """{name: source} of a script's functions, methods, classes and constants, in their order."""
     text = (ROOT / script).read_text()
+    if script == "ppo_multidiscrete_mask.py":
+        for words, others in WORDS.items():
+            assert words in text, words
+            text = text.replace(words, others)
     found = {}
     for node in ast.parse(text).body:
         if isinstance(node, ast.ClassDef) and node.name == "Agent":
