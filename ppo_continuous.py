@@ -507,15 +507,16 @@ class Agent(nn.Module):
         if self.beta:
             inside = actions.clamp(1e-6, 1 - 1e-6)  # finite at the end points
             return beta_dist(first, second).log_prob(inside).sum(-1)
-        scaled = (actions - first) * (-second).exp()
-        return -(0.5 * scaled.square() + second + 0.5 * math.log(2 * math.pi)).sum(-1)
+        scaled, constant = (actions - first) * (-second).exp(), 0.5 * math.log(2 * math.pi)
+        cost = torch.addcmul(second, scaled, scaled, value=0.5).sum(-1)
+        return -constant * actions.shape[-1] - cost
 
     def entropy(self, dist: Tensor) -> Tensor:
         """Differential entropies [...] in nats, summed over the action's dimensions."""
         first, second = dist.chunk(2, -1)
         if self.beta:
             return beta_dist(first, second).entropy().sum(-1)
-        return (second + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
+        return second.sum(-1) + 0.5 * math.log(2 * math.pi * math.e) * second.shape[-1]
 
     def kl_divergence(self, p: Tensor, q: Tensor) -> Tensor:
         """Exact KL(p, q) [...] in nats, summed over the action's dimensions."""
@@ -523,8 +524,9 @@ class Agent(nn.Module):
         if self.beta:
             other = beta_dist(other_first, other_second)
             return kl_divergence(beta_dist(first, second), other).sum(-1)
-        squares = (2 * second).exp() + (first - other_first).square()
-        return (other_second - second + 0.5 * squares * (-2 * other_second).exp() - 0.5).sum(-1)
+        narrower = second - other_second
+        squares = ((first - other_first) * (-other_second).exp()).square()
+        return (0.5 * ((2 * narrower).expm1() + squares) - narrower).sum(-1)
 
     def to_env(self, actions: Tensor) -> np.ndarray:
         """Actions [n, A] as the environment takes them: within its bounds and in its shape."""
@@ -627,11 +629,15 @@ def evaluate_rows(agent: Agent, obs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def discounted_sum(terms: Tensor, decay: Tensor) -> Tensor:
-    """y[t] = terms[t] + decay[t] * y[t + 1], with 0 after the last row; all [T, N]."""
-    rows = [torch.zeros_like(terms[0])]
-    for term, factor in zip(terms.flip(0), decay.flip(0), strict=True):
-        rows.append(torch.addcmul(term, factor, rows[-1]))
-    return torch.stack(rows[:0:-1])
+    """y[t] = terms[t] + decay[t] * y[t + 1], with 0 after the last row; all [T, N].
+
+    Doubles the number of terms in every sum until they hold all (Hillis and Steele 1986).
+    """
+    sums, span = terms, 1
+    while span < len(terms):
+        sums = torch.cat((sums[:-span] + decay[: len(terms) - span] * sums[span:], sums[-span:]))
+        decay, span = decay[:-span] * decay[span:], 2 * span
+    return sums
 
 
 def compute_gae(
@@ -804,11 +810,13 @@ def ppo_loss(agent: Agent, batch: Batch, coefs: Tensor, args: Args) -> tuple[Ten
         worst = larger(unclipped, value_loss(near, batch.targets, huber))
     with torch.set_grad_enabled(args.kl_coef > 0 or args.kl_target is not None):
         kl = agent.kl_divergence(batch.dists, dists)
+    with torch.set_grad_enabled(args.ent_coef > 0 or args.ent_coef_final is not None):
+        entropy = agent.entropy(dists)
     ref_kl = torch.zeros_like(kl)
     if args.ref_checkpoint:
         ref_kl = agent.kl_divergence(dists, batch.ref_dists)
     surrogate = policy_loss(ratio, batch.advantages, args.clip_coef, args.dual_clip_coef)
-    terms = torch.stack((surrogate, worst, agent.entropy(dists), kl, ref_kl)) @ batch.weights
+    terms = torch.stack((surrogate, worst, entropy, kl, ref_kl)) @ batch.weights
     with torch.no_grad():
         change = ratio - 1
         clipped = (change.abs() > (args.clip_coef or torch.inf)).float()

@@ -576,11 +576,15 @@ def evaluate_rows(agent: Agent, obs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def discounted_sum(terms: Tensor, decay: Tensor) -> Tensor:
-    """y[t] = terms[t] + decay[t] * y[t + 1], with 0 after the last row; all [T, N]."""
-    rows = [torch.zeros_like(terms[0])]
-    for term, factor in zip(terms.flip(0), decay.flip(0), strict=True):
-        rows.append(torch.addcmul(term, factor, rows[-1]))
-    return torch.stack(rows[:0:-1])
+    """y[t] = terms[t] + decay[t] * y[t + 1], with 0 after the last row; all [T, N].
+
+    Doubles the number of terms in every sum until they hold all (Hillis and Steele 1986).
+    """
+    sums, span = terms, 1
+    while span < len(terms):
+        sums = torch.cat((sums[:-span] + decay[: len(terms) - span] * sums[span:], sums[-span:]))
+        decay, span = decay[:-span] * decay[span:], 2 * span
+    return sums
 
 
 def compute_gae(
@@ -753,11 +757,13 @@ def ppo_loss(agent: Agent, batch: Batch, coefs: Tensor, args: Args) -> tuple[Ten
         worst = larger(unclipped, value_loss(near, batch.targets, huber))
     with torch.set_grad_enabled(args.kl_coef > 0 or args.kl_target is not None):
         kl = agent.kl_divergence(batch.dists, dists)
+    with torch.set_grad_enabled(args.ent_coef > 0 or args.ent_coef_final is not None):
+        entropy = agent.entropy(dists)
     ref_kl = torch.zeros_like(kl)
     if args.ref_checkpoint:
         ref_kl = agent.kl_divergence(dists, batch.ref_dists)
     surrogate = policy_loss(ratio, batch.advantages, args.clip_coef, args.dual_clip_coef)
-    terms = torch.stack((surrogate, worst, agent.entropy(dists), kl, ref_kl)) @ batch.weights
+    terms = torch.stack((surrogate, worst, entropy, kl, ref_kl)) @ batch.weights
     with torch.no_grad():
         change = ratio - 1
         clipped = (change.abs() > (args.clip_coef or torch.inf)).float()

@@ -278,9 +278,10 @@ def is_flat(space: spaces.Space) -> bool:
 class TaxiDispatch(gym.Env):
     """Taxis of Gymnasium's Taxi-v4, of which every step moves one, until all have delivered.
 
-    Actions are (taxi, move), observations [K * 20] one-hot: row, column, passenger, destination
-    and delivered. Rewards are those of the taxi that moves, over 20: -0.05, and 1 for a delivery.
-    The mask [K, 1 + 6] allows taxis that have not delivered, and what would change their states.
+    Actions are (taxi, move). Observations [K * 16]: for each taxi row, column and pad to go to,
+    one-hot, and whether the passenger is aboard, and delivered. Rewards are those of the taxi
+    that moves, over 20: -0.05 a step, 1 for a delivery. The mask [K, 1 + 6] allows taxis that
+    have not delivered, and what would change their states.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 4}
@@ -288,7 +289,7 @@ class TaxiDispatch(gym.Env):
     def __init__(self, taxis: int = 2, render_mode: str | None = None) -> None:
         kwargs, self.render_mode = {"render_mode": render_mode}, render_mode
         self.taxis = [gym.make("Taxi-v4", **kwargs).unwrapped for _ in range(taxis)]
-        self.observation_space = spaces.Box(0, 1, (20 * taxis,))
+        self.observation_space = spaces.Box(0, 1, (16 * taxis,))
         self.action_space = spaces.MultiDiscrete([taxis, 6])
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
@@ -312,12 +313,15 @@ class TaxiDispatch(gym.Env):
 
     def look(self) -> tuple[np.ndarray, dict]:
         """Observation and info of the present state."""
-        obs = np.zeros((len(self.taxis), 20), np.float32)
+        obs = np.zeros((len(self.taxis), 16), np.float32)
         mask = np.zeros((len(self.taxis), 7), bool)
         for i, taxi in enumerate(self.taxis):
-            obs[i, np.add(taxi.decode(taxi.s), (0, 5, 10, 15))] = 1
+            row, column, passenger, destination = taxi.decode(taxi.s)
+            aboard = passenger == len(taxi.locs)
+            pad = destination if aboard else passenger
+            obs[i, [row, 5 + column, 10 + pad]], obs[i, 14] = 1, aboard
             mask[i, 1:] = taxi.action_mask(taxi.s)
-        obs[:, 19], mask[:, 0] = self.delivered, ~self.delivered
+        obs[:, 15], mask[:, 0] = self.delivered, ~self.delivered
         return obs.flatten(), {"action_mask": mask}
 
     def render(self) -> np.ndarray:
@@ -784,11 +788,15 @@ def evaluate_rows(agent: Agent, obs: Tensor, masks: Tensor) -> tuple[Tensor, Ten
 
 
 def discounted_sum(terms: Tensor, decay: Tensor) -> Tensor:
-    """y[t] = terms[t] + decay[t] * y[t + 1], with 0 after the last row; all [T, N]."""
-    rows = [torch.zeros_like(terms[0])]
-    for term, factor in zip(terms.flip(0), decay.flip(0), strict=True):
-        rows.append(torch.addcmul(term, factor, rows[-1]))
-    return torch.stack(rows[:0:-1])
+    """y[t] = terms[t] + decay[t] * y[t + 1], with 0 after the last row; all [T, N].
+
+    Doubles the number of terms in every sum until they hold all (Hillis and Steele 1986).
+    """
+    sums, span = terms, 1
+    while span < len(terms):
+        sums = torch.cat((sums[:-span] + decay[: len(terms) - span] * sums[span:], sums[-span:]))
+        decay, span = decay[:-span] * decay[span:], 2 * span
+    return sums
 
 
 def compute_gae(
@@ -964,11 +972,13 @@ def ppo_loss(agent: Agent, batch: Batch, coefs: Tensor, args: Args) -> tuple[Ten
         worst = larger(unclipped, value_loss(near, batch.targets, huber))
     with torch.set_grad_enabled(args.kl_coef > 0 or args.kl_target is not None):
         kl = agent.kl_divergence(batch.dists, dists)
+    with torch.set_grad_enabled(args.ent_coef > 0 or args.ent_coef_final is not None):
+        entropy = agent.entropy(dists)
     ref_kl = torch.zeros_like(kl)
     if args.ref_checkpoint:
         ref_kl = agent.kl_divergence(dists, batch.ref_dists)
     surrogate = policy_loss(ratio, batch.advantages, args.clip_coef, args.dual_clip_coef)
-    terms = torch.stack((surrogate, worst, agent.entropy(dists), kl, ref_kl)) @ batch.weights
+    terms = torch.stack((surrogate, worst, entropy, kl, ref_kl)) @ batch.weights
     with torch.no_grad():
         change = ratio - 1
         clipped = (change.abs() > (args.clip_coef or torch.inf)).float()
