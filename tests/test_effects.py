@@ -79,7 +79,7 @@ def prepare(**flags: Any) -> SimpleNamespace:
     envs = ppo.make_envs(args, args.num_envs, seed)
     agent = ppo.Agent(args, envs.single_observation_space, envs.single_action_space)
     rollout = ppo.Rollout(args, agent, envs, seed)
-    ppo.collect(agent, envs, rollout, args, [])
+    ppo.collect(agent, envs, rollout, [])
     envs.close()
     rollout.signals = ppo.learning_signals(agent, rollout, args)
     batch = ppo.make_batch(agent, None, rollout, args)
@@ -172,7 +172,7 @@ def started(main: Callable, monkeypatch: pytest.MonkeyPatch) -> Callable:
         ) -> None:
             seen.args, seen.agent = args, agent
             seen.rollout = ppo.Rollout(args, agent, envs, seed)
-            ppo.collect(agent, envs, seen.rollout, args, [])
+            ppo.collect(agent, envs, seen.rollout, [])
 
         monkeypatch.setattr(ppo, "train", spy)
         code, _, err = main(*flags.split())
@@ -795,7 +795,7 @@ def test_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     eager = learn(made)
     assert not compiled
     fast, again = learn(made, compile=True), prepare(compile=True)
-    assert compiled == ["loss_gradient", "act"]
+    assert compiled == ["loss_gradient"]
     assert torch.equal(again.rollout.actions, made.rollout.actions)
     assert fast.metrics == pytest.approx(eager.metrics, abs=1e-5)
     torch.testing.assert_close(eager.gradient, fast.gradient, atol=1e-5, rtol=1e-4)

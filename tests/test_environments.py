@@ -265,7 +265,7 @@ def play(
     rollout = ppo.Rollout(args, agent, envs, seed)
     played = []
     for _ in range(rollouts):
-        ppo.collect(agent, envs, rollout, args, [])
+        ppo.collect(agent, envs, rollout, [])
         episodes = ppo.finished_episodes(rollout)
         rollout.signals = ppo.learning_signals(agent, rollout, args)
         played.append((copy.deepcopy(rollout), episodes))
@@ -451,7 +451,7 @@ def test_episodes_of_cartpole(mode: str) -> None:
     rollout = ppo.Rollout(args, agent, envs, SEED)
     counted = []
     for _ in range(6):
-        ppo.collect(agent, envs, rollout, args, [])
+        ppo.collect(agent, envs, rollout, [])
         counted.append(ppo.finished_episodes(rollout))
     raw = count_episodes(envs.steps, mode != "sync")
     for i, episodes in enumerate(counted):
@@ -709,7 +709,7 @@ def test_breakout_ends_chains_with_lives_and_episodes_with_games(mode: str) -> N
     agent.act = lambda obs, noise: torch.randint(4, (len(obs),))
     lives, steps = rollout.lives[-1].tolist(), []
     assert lives == [5, 5]
-    ppo.collect(agent, envs, rollout, args, [])
+    ppo.collect(agent, envs, rollout, [])
     episodes = ppo.finished_episodes(rollout)
     _, terminated, truncated = ppo.learning_signals(agent, rollout, args)
     for rewards, ended, _, left in envs.steps:

@@ -46,7 +46,7 @@ EXTRA = {
         "rollout.masks[0] = rollout.masks[-1]",
         "next_step = envs.metadata['autoreset_mode'] == AutoresetMode.NEXT_STEP",
         "masks = torch.as_tensor(rollout.masks[t], device=obs.device)",
-        "chosen, rollout.allowed[t] = act(obs, masks, draw)",
+        "chosen, rollout.allowed[t] = agent.act(obs, masks, draw)",
         "if len((refused := agent.chosen(rollout.allowed[t], actions).logical_not().nonzero())):\n"
         "    rollout.stuck = (t, *refused[0].tolist())\n    return",
         "keep_masks(rollout, t + 1, infos, terminated | truncated, next_step)",
@@ -80,7 +80,7 @@ WORDS = {
     "(reference, obs, masks)": "(reference, obs)",
     "        masks=masks,\n": "",
     "batch.obs, batch.masks)": "batch.obs)",
-    "actions.copy_(chosen)": "actions.copy_(act(obs, draw))",
+    "actions.copy_(chosen)": "actions.copy_(agent.act(obs, draw))",
     "    if next_step:\n        rollout.valid": '    if envs.metadata["autoreset_mode"] == '
     "AutoresetMode.NEXT_STEP:\n        rollout.valid",
     "obs, reward, terminated, truncated, infos = envs.step(agent.to_env(actions))": "obs, reward, "

@@ -64,7 +64,7 @@ def play(args: ppo.Args, mode: str, chance: float = 0.2) -> Play:
 
     def collect() -> list[list[Step]]:
         seen = [len(env.log) for env in envs.envs]
-        ppo.collect(agent, envs, rollout, args, [])
+        ppo.collect(agent, envs, rollout, [])
         return [env.log[start:] for env, start in zip(envs.envs, seen, strict=True)]
 
     return Play(agent, rollout, collect)
