@@ -469,7 +469,7 @@ def play(
     nn.init.normal_(agent.actor[-1].weight, std=0.1)
     rollout = ppo.Rollout(args, agent, envs, seed)
     for _ in range(rollouts):
-        ppo.collect(agent, envs, rollout, args, [])
+        ppo.collect(agent, envs, rollout, [])
         yield args, agent, rollout
     envs.close()
 
