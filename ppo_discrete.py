@@ -1096,7 +1096,7 @@ def train(
             scalars |= zip(episodic, np.mean(episodes, 0), strict=True)
             returns.extend(episode[0] for episode in episodes)
             scalars["charts/return_100"] = np.mean(returns)
-            bar.set_postfix_str(f"return {np.mean(returns):.1f}", refresh=False)
+            bar.set_postfix_str(f"return {np.mean(returns):.2f}", refresh=False)
         log(writer, step, scalars)
         bar.update(batch_size)
         if args.kl_target is not None:
@@ -1115,7 +1115,7 @@ def train(
     writer.close()
     if interrupted:
         raise SystemExit(128 + interrupted[0])
-    mean = f"{np.mean(returns):.1f}" if returns else "unknown"
+    mean = f"{np.mean(returns):.2f}" if returns else "unknown"
     print(f"{run_dir}: mean return of the last {len(returns)} episodes {mean}, {speed:.0f} SPS")
 
 
@@ -1131,9 +1131,9 @@ def evaluate(args: Args, agent: Agent, envs: VectorEnv, seed: int, step: int) ->
         total += float(reward[0])
         if terminated[0] or truncated[0]:
             returns.append(total)
-            print(f"episode {len(returns)}: return {total:.1f}")
+            print(f"episode {len(returns)}: return {total:.2f}")
             total = 0.0
-    print(f"mean return {np.mean(returns):.1f} +- {np.std(returns):.1f} of {len(returns)} episodes")
+    print(f"mean return {np.mean(returns):.2f} +- {np.std(returns):.2f} of {len(returns)} episodes")
     with SummaryWriter(args.run_dir) as writer:
         log(writer, step, {"eval/episodic_return": np.mean(returns)})
 

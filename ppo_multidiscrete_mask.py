@@ -338,12 +338,13 @@ def move_mask(env: Any, obs: Any, info: dict) -> tuple[Any, dict]:
         info = info | {"action_mask": obs["action_mask"]}
         obs = {key: obs[key] for key in env.keys}
         return (obs if len(env.keys) > 1 else obs[env.keys[0]]), info
-    return obs, info | {"action_mask": np.asarray(env.method())} if env.method else info
+    mask = env.method() if env.method else info.get("action_mask")
+    return obs, info if mask is None else info | {"action_mask": np.asarray(mask)}
 
 
 def keys_beside_mask(space: spaces.Space) -> list[str]:
     """Keys of a Dict that has a mask among others."""
-    masked = isinstance(space, spaces.Dict) and "action_mask" in space
+    masked = isinstance(space, spaces.Dict) and "action_mask" in space.spaces
     return [key for key in space if key != "action_mask"] if masked else []
 
 
@@ -547,7 +548,8 @@ class Agent(nn.Module):
         self.channels_last = len(shape) == 3 and shape[-1] < shape[0]
         if self.planes:
             self.channels_last = shape[0] == shape[1] or shape[1] != shape[2]
-            self.scale = float(obs_space.high.max()) if np.isfinite(obs_space.high).all() else 1.0
+            bound = float(np.abs((obs_space.low, obs_space.high)).max())
+            self.scale = bound if 0 < bound < np.inf else 1.0
         self.clip_obs, self.norm_obs = args.clip_obs, args.norm_obs and not self.pixels
         one_head = isinstance(action_space, spaces.Discrete)
         self.nvec = np.ravel(action_space.n if one_head else action_space.nvec).tolist()
@@ -771,7 +773,7 @@ def invalid_fraction(agent: Agent, rollout: Rollout) -> float:
     valid = torch.as_tensor(rollout.valid[:-1])
     masks, actions = torch.as_tensor(rollout.masks[:-1])[valid], rollout.actions.cpu()[valid]
     masks = agent.path(masks, actions[:, 0])
-    return 1 - agent.chosen(masks, actions).all(-1).float().mean().item()
+    return (~agent.chosen(masks, actions).all(-1)).float().mean().nan_to_num().item()
 
 
 @torch.no_grad()
@@ -1316,7 +1318,7 @@ def train(
             scalars |= zip(episodic, np.mean(episodes, 0), strict=True)
             returns.extend(episode[0] for episode in episodes)
             scalars["charts/return_100"] = np.mean(returns)
-            bar.set_postfix_str(f"return {np.mean(returns):.1f}", refresh=False)
+            bar.set_postfix_str(f"return {np.mean(returns):.2f}", refresh=False)
         log(writer, step, scalars)
         bar.update(batch_size)
         if args.kl_target is not None:
@@ -1335,7 +1337,7 @@ def train(
     writer.close()
     if interrupted:
         raise SystemExit(128 + interrupted[0])
-    mean = f"{np.mean(returns):.1f}" if returns else "unknown"
+    mean = f"{np.mean(returns):.2f}" if returns else "unknown"
     print(f"{run_dir}: mean return of the last {len(returns)} episodes {mean}, {speed:.0f} SPS")
 
 
@@ -1349,17 +1351,17 @@ def evaluate(args: Args, agent: Agent, envs: VectorEnv, seed: int, step: int) ->
         noise = None if args.eval_deterministic else agent.draw_noise(1)
         masks = torch.as_tensor(rollout.masks[-1], device=rollout.obs.device)
         actions, allowed = agent.act(obs, masks, noise)
-        if not agent.chosen(allowed, actions).all():
-            fail("the mask of environment 0 allows no choice of a head", 1)
+        if len(refused := agent.chosen(allowed, actions).logical_not().nonzero()):
+            fail(f"the mask of environment 0 allows no choice of head {int(refused[0, 1])}", 1)
         obs, reward, terminated, truncated, infos = envs.step(agent.to_env(actions))
         keep_masks(rollout, -1, infos, terminated | truncated, next_step)
         obs = torch.as_tensor(obs, dtype=rollout.obs.dtype, device=rollout.obs.device)
         total += float(reward[0])
         if terminated[0] or truncated[0]:
             returns.append(total)
-            print(f"episode {len(returns)}: return {total:.1f}")
+            print(f"episode {len(returns)}: return {total:.2f}")
             total = 0.0
-    print(f"mean return {np.mean(returns):.1f} +- {np.std(returns):.1f} of {len(returns)} episodes")
+    print(f"mean return {np.mean(returns):.2f} +- {np.std(returns):.2f} of {len(returns)} episodes")
     with SummaryWriter(args.run_dir) as writer:
         log(writer, step, {"eval/episodic_return": np.mean(returns)})
 

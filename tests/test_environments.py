@@ -438,7 +438,7 @@ def test_run_counts_valid_rows_and_logs_raw_returns(main: Callable, mode: str) -
             logged = scalars[f"charts/episodic_{tag}"][i]
             assert logged == (30 * (i + 1), pytest.approx(mean, rel=1e-6))
     mean = np.mean([total for total, _ in episodes])
-    assert f"mean return of the last {len(episodes)} episodes {mean:.1f}" in out
+    assert f"mean return of the last {len(episodes)} episodes {mean:.2f}" in out
 
 
 @pytest.mark.parametrize("mode", ["sync", "native", "envpool"])

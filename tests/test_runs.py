@@ -529,7 +529,7 @@ def test_end_line_counts_the_last_hundred(train: Callable) -> None:
     out = train(f"{FLAGS} --total-timesteps 4096 --env-id Recorded-v0 --learning-rate 0")
     assert len(Recorded.returns) > 110
     mean = np.mean(Recorded.returns[-100:])
-    assert re.search(rf"the last 100 episodes {mean:.1f},", out)
+    assert re.search(rf"the last 100 episodes {mean:.2f},", out)
 
 
 def test_end_line_without_episodes(train: Callable) -> None:
@@ -615,7 +615,7 @@ def test_resume_of_a_resumed_run(train: Callable, monkeypatch: pytest.MonkeyPatc
     assert len(curve("losses/value_loss")) == ITERATIONS + 2
     assert curves(last=5 * STEPS) == before
     mean = np.mean(Recorded.returns)
-    assert f"the last {len(Recorded.returns)} episodes {mean:.1f}," in out
+    assert f"the last {len(Recorded.returns)} episodes {mean:.2f}," in out
     assert [p.name for p in Path.cwd().iterdir()] == ["r"]
 
 
@@ -791,7 +791,7 @@ def test_evaluation(train: Callable) -> None:
     assert len(returns) == 5
     assert len(set(returns)) > 1
     mean, std = np.mean(returns), np.std(returns)
-    assert outs[0].endswith(f"\nmean return {mean:.1f} +- {std:.1f} of 5 episodes\n")
+    assert outs[0].endswith(f"\nmean return {mean:.2f} +- {std:.2f} of 5 episodes\n")
     assert read_scalars("r")["eval/episodic_return"] == [(1024, pytest.approx(mean))] * 2
     assert (Path("r/checkpoint.pt").read_bytes(), Path("r/args.json").read_text()) == before
     assert len(curve("losses/policy_loss")) == 1024 // STEPS

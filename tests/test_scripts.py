@@ -65,8 +65,8 @@ EXTRA = {
         "next_step = envs.metadata['autoreset_mode'] == AutoresetMode.NEXT_STEP",
         "masks = torch.as_tensor(rollout.masks[-1], device=rollout.obs.device)",
         "actions, allowed = agent.act(obs, masks, noise)",
-        "if not agent.chosen(allowed, actions).all():\n"
-        "    fail('the mask of environment 0 allows no choice of a head', 1)",
+        "if len((refused := agent.chosen(allowed, actions).logical_not().nonzero())):\n"
+        "    fail(f'the mask of environment 0 allows no choice of head {int(refused[0, 1])}', 1)",
         "keep_masks(rollout, -1, infos, terminated | truncated, next_step)",
     ),
     ("ppo_multidiscrete_mask.py", "main"): ("check_mask(one, args)",),
