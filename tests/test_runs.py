@@ -816,7 +816,7 @@ def test_evaluation_takes_flags(train: Callable) -> None:
     one, two = train("--eval r"), train("--eval r --seed 2")
     assert one != two
     out = train('--eval r --eval-episodes 2 --env-kwargs {"max_episode_steps":5}')
-    assert "mean return 5.0 +- 0.0 of 2 episodes" in out
+    assert "mean return 5.00 +- 0.00 of 2 episodes" in out
 
 
 def videos(prefix: str) -> dict[str, int]:

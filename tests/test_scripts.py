@@ -19,7 +19,7 @@ OWN = set(
 ) | {
     f"Agent.{name}"
     for name in "__init__ preprocess act forward distribution draw_noise sample mode log_prob "
-    "entropy kl_divergence to_env deviation heed path chosen".split()
+    "entropy kl_divergence to_env deviation heed path chosen refused".split()
 }
 # Statements that one script has beside the shared text.
 EXTRA = {
@@ -36,38 +36,39 @@ EXTRA = {
     ("ppo_multidiscrete_mask.py", "make_env"): ("env = MaskInfo(env)",),
     ("ppo_multidiscrete_mask.py", "make_envs"): ("envs = VectorMaskInfo(envs)",),
     ("ppo_multidiscrete_mask.py", "Rollout"): (
-        "self.stuck: tuple[int, int, int] | None = None",
+        "self.stuck: tuple[int, str] | None = None",
         "found = infos.get('action_mask', np.ones((n, sum(agent.nvec)), bool))",
-        "self.masked, self.masks = ('action_mask' in infos, np.zeros((rows, *found.shape), bool))",
-        "self.masks[:] = found",
+        "self.masked = 'action_mask' in infos",
+        "self.masks = np.repeat(np.asarray(found, bool)[None], rows, 0)",
         "self.allowed = torch.ones(rows, n, sum(agent.nvec), dtype=torch.bool, device=device)",
+        "self.next_step = envs.metadata['autoreset_mode'] == AutoresetMode.NEXT_STEP",
     ),
     ("ppo_multidiscrete_mask.py", "collect"): (
         "rollout.masks[0] = rollout.masks[-1]",
-        "next_step = envs.metadata['autoreset_mode'] == AutoresetMode.NEXT_STEP",
         "masks = torch.as_tensor(rollout.masks[t], device=obs.device)",
         "chosen, rollout.allowed[t] = agent.act(obs, masks, draw)",
-        "if len((refused := agent.chosen(rollout.allowed[t], actions).logical_not().nonzero())):\n"
-        "    rollout.stuck = (t, *refused[0].tolist())\n    return",
-        "keep_masks(rollout, t + 1, infos, terminated | truncated, next_step)",
+        "if rollout.masked and (stuck := agent.refused(rollout.allowed[t], actions)):\n"
+        "    n, head = stuck[0]\n    rollout.stuck = "
+        "(t, f'the mask of environment {n} allows no choice of head {head}')\n    return",
+        "if ('action_mask' in infos) != rollout.masked:\n    rollout.stuck = "
+        "(t, 'there are masks after steps but not after resets, or the reverse,')\n    return",
+        "keep_masks(rollout, t + 1, infos, terminated | truncated)",
     ),
     ("ppo_multidiscrete_mask.py", "Batch"): ("masks: Tensor",),
     ("ppo_multidiscrete_mask.py", "make_batch"): ("masks = rollout.allowed[:-1].flatten(0, 1)",),
     ("ppo_multidiscrete_mask.py", "find_broken"): (
-        "if rollout.stuck:\n    t, n, head = rollout.stuck\n"
-        "    step += t * len(rollout.so_far[0])\n    return "
-        "f'the mask of environment {n} allows no choice of head {head} at step {step}'",
+        "if rollout.stuck:\n    t, why = rollout.stuck\n"
+        "    return f'{why} at step {step + t * len(rollout.so_far[0])}'",
     ),
     ("ppo_multidiscrete_mask.py", "train"): (
         "scalars |= {'policy/invalid_fraction': invalid_fraction(agent, rollout)}",
     ),
     ("ppo_multidiscrete_mask.py", "evaluate"): (
-        "next_step = envs.metadata['autoreset_mode'] == AutoresetMode.NEXT_STEP",
         "masks = torch.as_tensor(rollout.masks[-1], device=rollout.obs.device)",
         "actions, allowed = agent.act(obs, masks, noise)",
-        "if len((refused := agent.chosen(allowed, actions).logical_not().nonzero())):\n"
-        "    fail(f'the mask of environment 0 allows no choice of head {int(refused[0, 1])}', 1)",
-        "keep_masks(rollout, -1, infos, terminated | truncated, next_step)",
+        "if rollout.masked and (stuck := agent.refused(allowed, actions)):\n"
+        "    fail(f'the mask of environment 0 allows no choice of head {stuck[0][1]}', 1)",
+        "keep_masks(rollout, -1, infos, terminated | truncated)",
     ),
     ("ppo_multidiscrete_mask.py", "main"): ("check_mask(one, args)",),
 }
@@ -81,7 +82,7 @@ WORDS = {
     "        masks=masks,\n": "",
     "batch.obs, batch.masks)": "batch.obs)",
     "actions.copy_(chosen)": "actions.copy_(agent.act(obs, draw))",
-    "    if next_step:\n        rollout.valid": '    if envs.metadata["autoreset_mode"] == '
+    "    if rollout.next_step:\n        rollout.valid": '    if envs.metadata["autoreset_mode"] == '
     "AutoresetMode.NEXT_STEP:\n        rollout.valid",
     "obs, reward, terminated, truncated, infos = envs.step(agent.to_env(actions))": "obs, reward, "
     "terminated, truncated, _ = envs.step(agent.to_env(agent.act(obs, noise)))",
