@@ -345,3 +345,83 @@ def test_invalid_action_discrete_is_learned(train: Callable) -> None:
     assert set(curve("policy/invalid_fraction")) == {0}
     assert curve("charts/return_100")[0] < 40
     assert curve("charts/episodic_return")[-1] > 90
+
+
+# ---- masks in other forms
+
+
+class Odd(gym.Env):
+    """Three steps, in which only choice 1 of three is allowed to each of two heads; `form` is how the mask is given.
+
+    `tuple`: one mask a head, as `MultiDiscrete.sample` takes them; `late` and `early`: only after
+    steps, or only after resets; `raises`: reset fails; `lonely`: nothing beside it.
+    """
+
+    def __init__(self, form: str, render_mode: None = None) -> None:
+        self.form, self.render_mode = form, render_mode
+        self.action_space = spaces.MultiDiscrete([3, 3])
+        self.observation_space = spaces.Box(-1, 1, (2,), np.float32)
+        if form == "lonely":
+            self.observation_space = spaces.Dict(action_mask=spaces.MultiBinary(6))
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
+        super().reset(seed=seed)
+        if self.form == "raises":
+            raise RuntimeError("no server")
+        self.steps = 0
+        return np.zeros(2, np.float32), self.look("late")
+
+    def look(self, missing: str) -> dict:
+        head = np.array([0, 1, 0], np.int8)
+        whole = (head, head) if self.form == "tuple" else np.concatenate((head, head))
+        return {} if self.form == missing else {"action_mask": whole}
+
+    def step(self, action: np.ndarray) -> tuple:
+        right = action.tolist() == [1, 1]
+        self.steps += 1
+        return np.zeros(2, np.float32), float(right), False, self.steps == 3, self.look("early")
+
+
+gym.register("Odd-v0", Odd)
+
+
+def test_a_tuple_of_masks(train: Callable) -> None:
+    """Gymnasium's own form: one mask a head."""
+    code, out, err = train(env_id="Odd-v0", form="tuple")
+    assert (code, err) == (0, "")
+    assert "mean return of the last 48 episodes 3.00," in out
+    assert curve("policy/invalid_fraction") == [0, 0, 0]
+
+
+@pytest.mark.parametrize("form", ["late", "early"])
+def test_masks_at_some_times_only(train: Callable, form: str) -> None:
+    code, out, err = train("--num-steps", 32, env_id="Odd-v0", form=form)
+    assert (code, out) == (1, "")
+    assert err.startswith("error: there are masks after steps but not after resets")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("form", "said"), [("raises", "no server"), ("lonely", "something beside")]
+)
+def test_environments_that_cannot_start(train: Callable, form: str, said: str) -> None:
+    assert refused(train(env_id="Odd-v0", form=form), "Odd-v0", said)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "largest"), [(0, 255, 1), (0, 1, 1), (-np.inf, np.inf, 255), (-3e38, 3e38, 255)]
+)
+def test_scale_of_planes(low: float, high: float, largest: float) -> None:
+    """Bounded by 255 or less they become 1 at most, others stay as they are."""
+    space = spaces.Box(low, high, (6, 6, 3), np.float32)
+    agent = ppo.Agent(ppo.Args(), space, spaces.Discrete(2))
+    planes = torch.full((2, 6, 6, 3), 255.0 if high != 1 else 1.0)
+    assert agent.preprocess(planes).max().item() == pytest.approx(largest)
+
+
+def test_standardised_planes_are_not_scaled_again() -> None:
+    space = spaces.Box(0, 255, (6, 6, 3), np.float32)
+    agent = ppo.Agent(ppo.Args(norm_obs=True), space, spaces.Discrete(2))
+    rows = 255 * torch.rand(500, 6, 6, 3, generator=torch.manual_seed(0))
+    agent.obs_norm.advance(rows)
+    assert agent.preprocess(rows).std().item() == pytest.approx(1, abs=0.02)

@@ -934,3 +934,19 @@ def test_checkpoint_without_a_part_is_refused(train: Callable, main: Callable) -
     assert code == 2
     assert err.startswith("error: --resume r: no checkpoint of this script")
     assert "rng" in err
+
+
+def test_a_reference_can_be_left_behind(train: Callable) -> None:
+    """On resumption `none` is no file."""
+    train(f"{FLAGS} --total-timesteps 32 --run-dir first")
+    train(f"{FLAGS} {TOTAL} --ref-checkpoint first --ref-kl-coef 0.1")
+    train("--resume r --ref-checkpoint none --ref-kl-coef 0 --total-timesteps 320")
+    assert checkpoint()["args"]["ref_checkpoint"] is None
+    assert checkpoint()["step"] == 320
+
+
+def test_a_directory_may_be_spelt_in_another_way(train: Callable) -> None:
+    train(f"{FLAGS} {TOTAL}")
+    train(f"--resume {Path('r').resolve()} --run-dir ./r/ --total-timesteps 320")
+    assert checkpoint()["step"] == 320
+    assert len(list(Path().iterdir())) == 1
