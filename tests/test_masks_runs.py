@@ -351,7 +351,7 @@ def test_invalid_action_discrete_is_learned(train: Callable) -> None:
 
 
 class Odd(gym.Env):
-    """Three steps, in which only choice 1 of three is allowed to each of two heads; `form` is how the mask is given.
+    """Three steps of two heads that may only choose 1 of three; `form` is how the mask is given.
 
     `tuple`: one mask a head, as `MultiDiscrete.sample` takes them; `late` and `early`: only after
     steps, or only after resets; `raises`: reset fails; `lonely`: nothing beside it.
