@@ -4,7 +4,8 @@
         [--cleanrl-python PYTHON_WITH_GYMNASIUM_0.29] [--repeats 5]
 
 Runs alternate, so that a slow minute of the machine meets all of them. Every row of
-results/speed.csv is one run; the last lines printed are medians and their ratios. Steps per second
+results/speed.csv is one run; workloads that were not asked for keep their rows. The last lines
+printed are medians and their ratios. Steps per second
 are counted from the first environment step to the last update; starting Python and importing are
 left out. CleanRL's ppo_continuous_action.py needs an interpreter with gymnasium 0.29.
 """
@@ -123,11 +124,13 @@ def main() -> None:
                 sps = round(measure(command))
                 rows.append({"workload": workload, "who": name, "seed": seed, "sps": sps})
                 print(*rows[-1].values(), flush=True)
-    (HERE / "results").mkdir(exist_ok=True)
-    with open(HERE / "results" / "speed.csv", "w", newline="") as file:
+    table = HERE / "results" / "speed.csv"
+    before = list(csv.DictReader(table.open())) if table.exists() else []
+    before = [row for row in before if row["workload"] not in options.workloads]
+    with open(table, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(before + rows)
     for workload in options.workloads:
         mine = [row for row in rows if row["workload"] == workload]
         medians = {
