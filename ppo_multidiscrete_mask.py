@@ -704,8 +704,9 @@ class Rollout:
 
     def __init__(self, args: Args, agent: Agent, envs: VectorEnv, seed: int) -> None:
         space, steps, rows = envs.single_observation_space, args.num_steps, args.num_steps + 1
-        dtype, n = torch.uint8 if agent.pixels else torch.float32, envs.num_envs
+        byte, n = space.dtype == np.uint8 and len(space.shape) == 3, envs.num_envs
         device, action = agent.obs_norm.mean.device, agent.action_dtype
+        dtype = torch.uint8 if byte else torch.float32
         self.obs = torch.zeros(rows, n, *space.shape, dtype=dtype, device=device)
         self.actions = torch.zeros(steps, n, *agent.action_shape, dtype=action, device=device)
         self.rewards, self.lives = np.zeros((steps, n)), np.zeros((rows, n), np.int64)

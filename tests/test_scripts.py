@@ -36,6 +36,7 @@ EXTRA = {
     ("ppo_multidiscrete_mask.py", "make_env"): ("env = MaskInfo(env)",),
     ("ppo_multidiscrete_mask.py", "make_envs"): ("envs = VectorMaskInfo(envs)",),
     ("ppo_multidiscrete_mask.py", "Rollout"): (
+        "dtype = torch.uint8 if byte else torch.float32",
         "self.stuck: tuple[int, str] | None = None",
         "found = infos.get('action_mask', np.ones((n, sum(agent.nvec)), bool))",
         "self.masked = 'action_mask' in infos",
@@ -81,6 +82,8 @@ WORDS = {
     "(reference, obs, masks)": "(reference, obs)",
     "        masks=masks,\n": "",
     "batch.obs, batch.masks)": "batch.obs)",
+    "byte, n = space.dtype == np.uint8 and len(space.shape) == 3,": "dtype, n = torch.uint8 if "
+    "agent.pixels else torch.float32,",
     "actions.copy_(chosen)": "actions.copy_(agent.act(obs, draw))",
     "    if rollout.next_step:\n        rollout.valid": '    if envs.metadata["autoreset_mode"] == '
     "AutoresetMode.NEXT_STEP:\n        rollout.valid",
