@@ -5,9 +5,9 @@
 
 Runs alternate, so that a slow minute of the machine meets all of them. Every row of
 results/speed.csv is one run; workloads that were not asked for keep their rows. The last lines
-printed are medians and their ratios. Steps per second
-are counted from the first environment step to the last update; starting Python and importing are
-left out. CleanRL's ppo_continuous_action.py needs an interpreter with gymnasium 0.29.
+printed are medians and their ratios. Steps per second are counted from the first environment step
+to the last update; starting Python and importing are left out. CleanRL's ppo_continuous_action.py
+needs an interpreter with gymnasium 0.29.
 """
 
 import argparse
