@@ -4,34 +4,38 @@ train      python ppo_multidiscrete_mask.py --env-id Taxi-v4 --seed 2
 compare    tensorboard --logdir runs
 resume     python ppo_multidiscrete_mask.py --resume runs/RUN [--total-timesteps 4000000]
 evaluate   python ppo_multidiscrete_mask.py --eval runs/RUN --eval-episodes 20 [--capture-video]
+scale out  torchrun --nproc-per-node 4 ppo_multidiscrete_mask.py --num-envs 32
 
 Where to edit: networks and distribution in `Agent`, the objective in `ppo_loss`, environments and
 their preprocessing in `make_env`, the default environment in `TaxiDispatch`, schedules in
 `schedule`. A copy under another name runs as it is.
 
-Shapes: T = num_steps, N = num_envs, B = T * N rows of a rollout, K = num_minibatches,
-M = B / K rows of a minibatch, O and A = shapes of an observation and of an action, D = numbers
-that describe a distribution (here one log-prob a choice). An action is one choice by each of H
-heads, whose choices stand side by side, D = sum(nvec); the first head has F of them.
+Shapes: T = num_steps, N = num_envs of this process, B = T * N rows of a rollout, K =
+num_minibatches, M = B / K rows of a minibatch, O and A = shapes of an observation and of an
+action, D = numbers that describe a distribution (here one log-prob a choice). An action is
+one choice by each of H heads, whose choices stand side by side, D = sum(nvec); the first head has
+F of them.
 """
 
 import contextlib
 import importlib
 import io
 import json
-import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import re
 import signal
 import sys
 import time
+import traceback
 import zipfile
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from inspect import getsource
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn
 
@@ -43,7 +47,7 @@ import tyro
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from tensorboard.compat.proto.summary_pb2 import Summary
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
@@ -99,9 +103,9 @@ class Args:
     vectorization: Literal["sync", "async", "native", "envpool"] = "sync"
     """one process, a process each, the environment's own vector version, or envpool's"""
     num_envs: int = 8
-    """environments that are stepped side by side (N)"""
+    """environments that are stepped side by side, of all processes"""
     num_steps: int = 128
-    """steps of every environment in a rollout (T)"""
+    """steps of every environment in a rollout"""
     total_timesteps: int = 2_000_000
     """environment steps of the whole run"""
     episodic_life: bool = True
@@ -193,7 +197,7 @@ class Args:
     max_grad_norm: FloatOrNone = 0.5
     """norm to which the gradient is clipped; none: unclipped"""
     num_minibatches: int = 4
-    """minibatches an epoch"""
+    """minibatches an epoch, to each of which every process gives a part"""
     update_epochs: int = 4
     """epochs over every rollout"""
     critic_epochs: int = 0
@@ -219,12 +223,17 @@ RANGES = {  # smallest and largest value of the flags
     "adam_eps actor_adam_eps critic_adam_eps",
     (1.000001, 1e9): "dual_clip_coef",
 }
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 OTHER_SCRIPTS = {"Box": "ppo_continuous.py"}
 
 
-def fail(message: object, code: int = 2) -> NoReturn:
-    """End the process with one line: 2 for a wrong flag, 1 for a run that cannot go on."""
-    print("error:", " ".join(str(message).split()), file=sys.stderr)
+def fail(message: object, code: int = 2, alone: bool = False) -> NoReturn:
+    """End the process with one line: 2 for a wrong flag, 1 for a run that cannot go on.
+
+    Of torchrun's processes on a machine the first one prints it, unless it befell this one alone.
+    """
+    if alone or os.environ.get("LOCAL_RANK", "0") == "0":
+        tqdm.write(f"error: {' '.join(str(message).split())}", sys.stderr)
     raise SystemExit(code)
 
 
@@ -256,12 +265,17 @@ def check_args(args: Args) -> None:
     rollout = f"the {steps} steps of a rollout (num-envs x num-steps)"
     if args.total_timesteps < steps:
         fail(f"--total-timesteps {args.total_timesteps}: fewer than {rollout}")
-    if steps % args.num_minibatches:
-        fail(f"--num-minibatches {args.num_minibatches}: must divide {rollout}")
+    if args.num_envs % PROCESSES:
+        fail(f"--num-envs {args.num_envs}: must be divisible among {PROCESSES} processes")
+    if steps // PROCESSES % args.num_minibatches:
+        share = f", {steps // PROCESSES} a process" if PROCESSES > 1 else ""
+        fail(f"--num-minibatches {args.num_minibatches}: must divide {rollout}{share}")
     if min(args.hidden_sizes, default=1) < 1:
         fail(f"--hidden-sizes {args.hidden_sizes}: must all be 1 or more")
     if args.ref_kl_coef and not args.ref_checkpoint:
         fail(f"--ref-kl-coef {args.ref_kl_coef}: needs --ref-checkpoint")
+    if args.eval and PROCESSES > 1:
+        fail(f"--eval {args.eval}: runs in one process, not in {PROCESSES}")
     if args.capture_video and args.vectorization in ("native", "envpool"):
         fail(f"--capture-video: needs --vectorization sync or async, not {args.vectorization}")
 
@@ -423,6 +437,40 @@ class FireReset(gym.Wrapper):
         return obs, info
 
 
+class Guard(gym.Wrapper):
+    """Turns an error of the environment into info["failure"], which ends the run."""
+
+    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
+        """Observation and info, or zeros and the failure."""
+        try:
+            obs, info = self.env.reset(**kwargs)
+            return self.checked(obs), info
+        except Exception as error:
+            return self.failed(error)
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
+        """What the environment returns, or zeros and the failure."""
+        try:
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            return self.checked(obs), float(reward), terminated, truncated, info
+        except Exception as error:
+            obs, info = self.failed(error)
+            return obs, 0.0, False, False, info
+
+    def checked(self, obs: np.ndarray) -> np.ndarray:
+        """The observation, if it has the shape of its space."""
+        if obs.shape != self.observation_space.shape:
+            raise ValueError(f"observation {obs.shape} in place of {self.observation_space.shape}")
+        return obs
+
+    def failed(self, error: Exception) -> tuple[np.ndarray, dict]:
+        """Zeros for an observation, and what went wrong where."""
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        why = f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
+        space = self.observation_space
+        return np.zeros(space.shape, space.dtype), {"failure": why}
+
+
 def make_env(args: Args, video_dir: str | None = None) -> gym.Env:
     """One environment whose observations are vectors or pixels.
 
@@ -452,7 +500,7 @@ def make_env(args: Args, video_dir: str | None = None) -> gym.Env:
             env = FireReset(env)
         env = gym.wrappers.FrameStackObservation(env, 4)
     env = MaskInfo(env)
-    return env if is_flat(env.observation_space) else gym.wrappers.FlattenObservation(env)
+    return Guard(env if is_flat(env.observation_space) else gym.wrappers.FlattenObservation(env))
 
 
 def is_atari(args: Args) -> bool:
@@ -487,7 +535,59 @@ def make_envs(args: Args, num_envs: int, seed: int, video_dir: str | None = None
     return gym.wrappers.vector.FlattenObservation(envs)
 
 
+class EnvironmentFailure(Exception):
+    """An environment raised an error, or its process ended."""
+
+
+def attempt(envs: VectorEnv, call: Callable, *args: Any, **kwargs: Any) -> tuple:
+    """What `envs.step` or `envs.reset` returns; names the environment that fails."""
+    first = RANK * envs.num_envs
+    try:
+        result = call(*args, **kwargs)
+    except Exception as error:
+        message, workers = str(error) or repr(error), getattr(envs.unwrapped, "processes", ())
+        if isinstance(error, EOFError | OSError):
+            gone = multiprocessing.connection.wait([worker.sentinel for worker in workers], 5)
+            numbers = [n for n, worker in enumerate(workers, first) if worker.sentinel in gone]
+            message = f"the process of environment {numbers[0]} ended" if gone else message
+        for worker in workers:
+            worker.kill()
+        envs.unwrapped.closed = bool(workers)  # nothing is left that `close` could talk to
+        raise EnvironmentFailure(message) from error
+    if "failure" in result[-1]:
+        n = np.flatnonzero(result[-1]["_failure"])[0]
+        raise EnvironmentFailure(f"environment {first + n}: {result[-1]['failure'][n]}")
+    return result
+
+
 # ---- statistics
+
+
+def all_sum(values: Tensor) -> Tensor:
+    """Add up the values of all processes, in place."""
+    if PROCESSES > 1:
+        distributed.all_reduce(values)
+    return values
+
+
+def join_processes(agent: nn.Module, seed: int) -> None:
+    """Meet the other processes of torchrun; then agents are equal, and random numbers are not."""
+    device = agent.obs_norm.mean.device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    for tensor in agent.state_dict().values():
+        distributed.broadcast(tensor, 0)
+    if RANK > 0:
+        torch.manual_seed(seed)
+
+
+def gather(value: Any) -> list[Any]:
+    """Every process's value, in the order of their ranks."""
+    values = [value] * PROCESSES
+    if PROCESSES > 1:
+        distributed.all_gather_object(values, value)
+    return values
 
 
 class RunningMeanStd(nn.Module):
@@ -507,12 +607,13 @@ class RunningMeanStd(nn.Module):
 
     @torch.no_grad()
     def advance(self, rows: Tensor) -> None:
-        """Take in rows [n, *shape]."""
-        rows, n = rows.double(), len(rows)
+        """Take in rows [n, *shape] of every process."""
+        rows, n = rows.double(), all_sum(torch.full_like(self.count, len(rows)))
         if n == 0:
             return
-        total, delta = self.count + n, rows.mean(0) - self.centre
-        self.squares += (rows - rows.mean(0)).square().sum(0) + delta**2 * self.count * n / total
+        mean = all_sum(rows.sum(0)) / n
+        total, delta = self.count + n, mean - self.centre
+        self.squares += all_sum((rows - mean).square().sum(0)) + delta**2 * self.count * n / total
         self.centre += delta * n / total
         self.count += n
         self.mean.copy_(self.centre)
@@ -715,10 +816,11 @@ class Rollout:
         self.final_obs: list[tuple[int, int, np.ndarray]] = []
         self.so_far = np.zeros((2, n))  # return and length of the episodes under way
         self.discounted = torch.zeros(n, device=device)  # their discounted returns
-        self.stuck: tuple[int, str] | None = None  # step at which masks failed, and why
+        self.stuck: tuple[int, str] | None = None  # step that failed, and why
         self.signals: tuple[Tensor, ...] = ()  # of `learning_signals`
         self.values = torch.zeros(0)  # [B] of `make_batch`, in units of the rewards
-        obs, infos = envs.reset(**({} if args.vectorization == "envpool" else {"seed": seed}))
+        seeds = {} if args.vectorization == "envpool" else {"seed": seed}
+        obs, infos = attempt(envs, envs.reset, **seeds)
         self.obs[-1], self.lives[-1] = torch.as_tensor(obs), infos.get("lives", 0)
         self.atari = agent.pixels and "lives" in infos
         found = infos.get("action_mask", np.ones((n, sum(agent.nvec)), bool))
@@ -738,7 +840,7 @@ def keep_masks(rollout: Rollout, t: int, infos: dict, ended: np.ndarray) -> None
 
 @torch.inference_mode()
 def collect(agent: Agent, envs: VectorEnv, rollout: Rollout, interrupted: list[int]) -> None:
-    """Step every environment T times, or until interrupted."""
+    """Step every environment T times, or until interrupted or stuck."""
     rollout.obs[0] = rollout.obs[-1]
     rollout.valid[0], rollout.lives[0] = rollout.valid[-1], rollout.lives[-1]
     rollout.final_obs.clear()
@@ -752,10 +854,15 @@ def collect(agent: Agent, envs: VectorEnv, rollout: Rollout, interrupted: list[i
         chosen, rollout.allowed[t] = agent.act(obs, masks, draw)
         actions.copy_(chosen)
         if rollout.masked and (stuck := agent.refused(rollout.allowed[t], actions)):
-            n, head = stuck[0]
+            n, head = RANK * envs.num_envs + stuck[0][0], stuck[0][1]
             rollout.stuck = t, f"the mask of environment {n} allows no choice of head {head}"
             return
-        seen, rewards, terminated, truncated, infos = envs.step(agent.to_env(actions))
+        try:
+            step = attempt(envs, envs.step, agent.to_env(actions))
+        except EnvironmentFailure as error:
+            rollout.stuck = t, str(error)
+            return
+        seen, rewards, terminated, truncated, infos = step
         next_obs.copy_(torch.as_tensor(seen))
         rollout.rewards[t] = rewards
         rollout.terminated[t], rollout.truncated[t] = terminated, truncated
@@ -929,15 +1036,16 @@ def make_batch(agent: Agent, reference: Agent | None, rollout: Rollout, args: Ar
 
 
 def normalize(weights: Tensor) -> Tensor:
-    """Weights [..., M] that sum to 1, or to 0 if all are 0."""
-    return weights / weights.sum(-1, keepdim=True).clamp(min=1e-8)
+    """Weights [..., M] that sum to 1 over all processes, or to 0 if all are 0."""
+    return weights / all_sum(weights.sum(-1, keepdim=True)).clamp(min=1e-8)
 
 
 def standardize(advantages: Tensor, weights: Tensor) -> Tensor:
-    """Advantages [..., M] less their mean, over their deviation, among rows of weight > 0."""
-    weights, count = normalize(weights), (weights > 0).sum(-1, keepdim=True)
-    centred = advantages - (weights * advantages).sum(-1, keepdim=True)
-    variance = (weights * centred.square()).sum(-1, keepdim=True) * count / (count - 1).clamp(min=1)
+    """Advantages [..., M] less their mean, over their deviation, of all rows of weight > 0."""
+    weights, count = normalize(weights), all_sum((weights > 0).sum(-1, keepdim=True))
+    centred = advantages - all_sum((weights * advantages).sum(-1, keepdim=True))
+    variance = all_sum((weights * centred.square()).sum(-1, keepdim=True))
+    variance = variance * count / (count - 1).clamp(min=1)
     return centred / (variance.sqrt() + 1e-8)
 
 
@@ -1131,13 +1239,13 @@ def update(
         for minibatch in map(Batch._make, zip(*epoch_rows, strict=True)):
             trained, weights = (critic, critic_coefs) if alone else (parameters, coefs)
             gradient, metrics = gradient_of(agent, trained, minibatch, weights, args)
-            norms.append(clip_norm(gradient, args.max_grad_norm))
+            norms.append(clip_norm(all_sum(gradient), args.max_grad_norm))
             history.append(metrics)
             optimizer.step(gradient)
         if args.target_kl is not None and not alone:
             kl = torch.stack(history[-args.num_minibatches :])[:, METRICS.index("losses/approx_kl")]
-            stopped = bool(kl.mean() > args.target_kl)
-    return torch.cat((torch.stack(history).mean(0), torch.stack(norms).mean(0, True)))
+            stopped = bool(all_sum(kl.mean()) > args.target_kl)
+    return torch.cat((all_sum(torch.stack(history).mean(0)), torch.stack(norms).mean(0, True)))
 
 
 # ---- logging
@@ -1147,16 +1255,16 @@ def describe(
     batch: Batch, values: Tensor, metrics: Tensor, norm: RunningMeanStd
 ) -> dict[str, float]:
     """METRICS and what batch and old values [B] tell, read back at once, in the rewards' units."""
-    valid = batch.weights > 0
-    advantages, values = batch.advantages[valid], values[valid]
-    targets = batch.targets[valid] * norm.std + norm.mean
-    explained = 1 - (targets - values).var() / targets.var()
+    targets, weights = batch.targets * norm.std + norm.mean, normalize(batch.weights).double()
+    rows = torch.stack((batch.advantages, values, targets, targets - values)).double()
+    mean, count = all_sum(rows @ weights), all_sum((weights > 0).sum())
+    variance = all_sum((rows - mean.unsqueeze(-1)).square() @ weights) * count / (count - 1)
     scalars = dict(zip(METRICS, metrics, strict=True)) | {
-        "losses/explained_variance": explained.nan_to_num(0, neginf=0),
-        "advantages/mean": advantages.mean(),
-        "advantages/std": advantages.std().nan_to_num(),
-        "values/old_mean": values.mean(),
-        "values/target_mean": targets.mean(),
+        "losses/explained_variance": (1 - variance[3] / variance[2]).nan_to_num(0, neginf=0),
+        "advantages/mean": mean[0],
+        "advantages/std": variance[0].sqrt().nan_to_num(),
+        "values/old_mean": mean[1],
+        "values/target_mean": mean[2],
     }
     scalars["values/mean"] = scalars["values/mean"] * norm.std + norm.mean
     return dict(zip(scalars, torch.stack(tuple(scalars.values())).tolist(), strict=True))
@@ -1189,11 +1297,17 @@ CHECKPOINT = {"args", "step", "beta", "returns", "rng", "cuda_rng", "agent", "op
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Put the new checkpoint into the old one's place at once: a kill leaves one of them whole."""
-    with open(path.with_suffix(".tmp"), "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path.with_suffix(".tmp"), path)
+    content, new = io.BytesIO(), path.with_suffix(".tmp")
+    torch.save(state, content)
+    try:
+        with open(new, "wb") as file:
+            file.write(content.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
 
 
 def load_checkpoint(flag: str, name: str) -> dict[str, Any]:
@@ -1226,16 +1340,30 @@ def load_agent(flag: str, state: dict[str, Any], agent: Agent, args: Args) -> No
 # ---- train, evaluate
 
 
+def open_run(run_dir: Path, args: Args, step: int, mode: str) -> SummaryWriter:
+    """Make the directory of a run with its args.json, and the writer of its events."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with open(run_dir / "args.json", mode) as file:
+            json.dump(vars(args), file, indent=2)
+    except OSError as error:
+        fail(f"--run-dir {args.run_dir}: {error}")
+    writer = SummaryWriter(run_dir, purge_step=step + 1)
+    log_hparams(writer, args)
+    return writer
+
+
 def environment_seed(seed: int, step: int) -> int:
     """Seed of the environments that a run with this seed starts at this step."""
     return int(np.random.SeedSequence((seed, step)).generate_state(1)[0] >> 1)
 
 
-def find_broken(rollout: Rollout, step: int) -> str | None:
-    """Name the first reward or observation after `step` that is not finite, if there is one."""
+def find_broken(rollout: Rollout, step: int) -> list[str]:
+    """What failed first after `step`, or was the first not to be finite, if there is such."""
+    envs = len(rollout.so_far[0])
     if rollout.stuck:
         t, why = rollout.stuck
-        return f"{why} at step {step + t * len(rollout.so_far[0])}"
+        return [f"{why} at step {step + t * envs * PROCESSES}"]
     found = [(t, n, "reward") for t, n in np.argwhere(~np.isfinite(rollout.rewards))]
     for t, n, obs in rollout.final_obs:
         if not np.isfinite(obs).all():
@@ -1243,12 +1371,11 @@ def find_broken(rollout: Rollout, step: int) -> str | None:
     if rollout.obs.is_floating_point() and not rollout.obs.isfinite().all():
         rows = (~rollout.obs.isfinite()).nonzero().tolist()
         found += [(max(t - 1, 0), n, "observation") for t, n, *_ in rows]
-    if not found:
-        return None
-    t, n, what = min(found)
-    return (
-        f"the {what} of environment {n} is not finite at step {step + t * len(rollout.so_far[0])}"
-    )
+    return [
+        f"the {what} of environment {RANK * envs + n} is not finite at step "
+        f"{step + t * envs * PROCESSES}"
+        for t, n, what in sorted(found)[:1]
+    ]
 
 
 def train(
@@ -1260,9 +1387,10 @@ def train(
     optimizer = Adam(agent, args)
     if state:
         optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-        if device.type == "cuda" and len(state["cuda_rng"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        if len(state["rng"]) > RANK:
+            torch.set_rng_state(state["rng"][RANK])
+        if device.type == "cuda" and len(state["cuda_rng"]) > RANK:
+            torch.cuda.set_rng_state(state["cuda_rng"][RANK], device)
     first_step = step = state.get("step", 0)
     beta = args.kl_coef or float(args.kl_target is not None)
     if state and (args.kl_coef, args.kl_target) == (state["args"].kl_coef, state["args"].kl_target):
@@ -1270,39 +1398,34 @@ def train(
     returns = deque(state.get("returns", ()), maxlen=100)
     rollout = Rollout(args, agent, envs, seed)
 
-    run_dir = Path(args.run_dir)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+    run_dir, writer = Path(args.run_dir), None
+    if RANK == 0:
         own = bool(state) and args.run_dir == state["args"].run_dir
-        with open(run_dir / "args.json", "w" if own else "x") as file:
-            json.dump(vars(args), file, indent=2)
-    except OSError as error:
-        fail(f"--run-dir {args.run_dir}: {error}")
-    writer = SummaryWriter(run_dir, purge_step=step + 1)
-    log_hparams(writer, args)
+        writer = open_run(run_dir, args, step, "w" if own else "x")
 
     def save() -> None:
-        writer.flush()
+        cuda_rng = gather(torch.cuda.get_rng_state(device)) if device.type == "cuda" else []
         checkpoint = {"args": vars(args) | {"resume": None}, "step": step, "beta": beta}
-        checkpoint |= {"returns": list(returns), "rng": torch.get_rng_state()}
-        checkpoint |= {"cuda_rng": torch.cuda.get_rng_state_all() if device.type == "cuda" else []}
+        checkpoint |= {"rng": gather(torch.get_rng_state()), "cuda_rng": cuda_rng}
         checkpoint |= {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
-        save_checkpoint(run_dir / "checkpoint.pt", checkpoint)
+        checkpoint |= {"returns": list(returns)}
+        if writer:
+            writer.flush()
+            save_checkpoint(run_dir / "checkpoint.pt", checkpoint)
 
     interrupted: list[int] = []
+    signals: list[int] = []
 
     def interrupt(signum: int, _: Any) -> None:
         interrupted.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
+        if PROCESSES == 1:  # torchrun sends its processes a signal that they may have had
+            signal.signal(signum, signal.SIG_DFL)
 
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, interrupt)
-    bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=not args.progress)
+    silent = RANK > 0 or not args.progress
+    bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=silent)
     start_time = time.perf_counter()
-
-    def give_up(message: str) -> NoReturn:
-        bar.close()
-        fail(message, 1)
 
     left = (args.total_timesteps - step) // batch_size
     for iteration in range(num_iterations - left, num_iterations):
@@ -1310,11 +1433,14 @@ def train(
         coefs = torch.tensor([1.0, args.vf_coef, -ent_coef, beta, args.ref_kl_coef], device=device)
 
         collect(agent, envs, rollout, interrupted)
-        if interrupted:
+        broken = find_broken(rollout, step)
+        report = interrupted[:], broken, [] if broken else finished_episodes(rollout)
+        reports = zip(*gather(report), strict=True)
+        signals, broken, episodes = (list(chain(*lists)) for lists in reports)
+        if signals:
             break
-        if broken := find_broken(rollout, step):
-            give_up(broken)
-        episodes = finished_episodes(rollout)
+        if broken:
+            fail(broken[0], 1)
         rollout.signals = learning_signals(agent, rollout, args)
         batch = make_batch(agent, reference, rollout, args)
         warmup = iteration < args.critic_warmup_iterations
@@ -1325,7 +1451,7 @@ def train(
         scalars |= {"policy/invalid_fraction": invalid_fraction(agent, rollout)}
         for tag in METRICS:
             if not np.isfinite(scalars[tag]):
-                give_up(f"{tag} is {scalars[tag]} in iteration {iteration + 1}")
+                fail(f"{tag} is {scalars[tag]} in iteration {iteration + 1}", 1)
         scalars |= {"charts/learning_rate": optimizer.param_groups[0]["lr"]}
         scalars |= {"charts/ent_coef": ent_coef, "charts/kl_coef": beta}
         scalars["charts/SPS"] = (step - first_step) / (time.perf_counter() - start_time)
@@ -1335,7 +1461,8 @@ def train(
             returns.extend(episode[0] for episode in episodes)
             scalars["charts/return_100"] = np.mean(returns)
             bar.set_postfix_str(f"return {np.mean(returns):.2f}", refresh=False)
-        log(writer, step, scalars)
+        if writer:
+            log(writer, step, scalars)
         bar.update(batch_size)
         if args.kl_target is not None:
             dists = evaluate_rows(agent, batch.obs, batch.masks)[0]
@@ -1350,11 +1477,13 @@ def train(
     speed = (step - first_step) / (time.perf_counter() - start_time)
     save()
     bar.close()
-    writer.close()
-    if interrupted:
-        raise SystemExit(128 + interrupted[0])
+    if writer:
+        writer.close()
+    if signals:
+        raise SystemExit(128 + signals[0])
     mean = f"{np.mean(returns):.2f}" if returns else "unknown"
-    print(f"{run_dir}: mean return of the last {len(returns)} episodes {mean}, {speed:.0f} SPS")
+    if RANK == 0:
+        print(f"{run_dir}: mean return of the last {len(returns)} episodes {mean}, {speed:.0f} SPS")
 
 
 @torch.no_grad()
@@ -1368,7 +1497,7 @@ def evaluate(args: Args, agent: Agent, envs: VectorEnv, seed: int, step: int) ->
         actions, allowed = agent.act(obs, masks, noise)
         if rollout.masked and (stuck := agent.refused(allowed, actions)):
             fail(f"the mask of environment 0 allows no choice of head {stuck[0][1]}", 1)
-        obs, reward, terminated, truncated, infos = envs.step(agent.to_env(actions))
+        obs, reward, terminated, truncated, infos = attempt(envs, envs.step, agent.to_env(actions))
         keep_masks(rollout, -1, infos, terminated | truncated)
         obs = torch.as_tensor(obs, dtype=rollout.obs.dtype, device=rollout.obs.device)
         total += float(reward[0])
@@ -1434,11 +1563,14 @@ def main() -> None:
         torch._dynamo.config.trace_autograd_ops = True
     torch.backends.cudnn.deterministic = args.torch_deterministic
     step = state.get("step", 0)
-    seed = environment_seed(args.seed, step)
+    num_envs = 1 if args.eval else args.num_envs // PROCESSES
+    seed = environment_seed(args.seed, step) + RANK * num_envs
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(args.seed)
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    device = torch.device("cpu")
+    if args.cuda and torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     agent, reference = Agent(args, obs_space, action_space).to(device), None
     if args.ref_checkpoint and not args.eval:
         saved = load_checkpoint("ref-checkpoint", args.ref_checkpoint)
@@ -1455,18 +1587,26 @@ def main() -> None:
         fail(f"--run-dir {args.run_dir}: only {' '.join(names)} may stand in braces")
     own = bool(state) and Path(args.run_dir).resolve() == Path(state["args"].run_dir).resolve()
     args.run_dir = state["args"].run_dir if own else args.run_dir
-    if not own and Path(args.run_dir, "args.json").exists():
+    if RANK == 0 and not own and Path(args.run_dir, "args.json").exists():
         fail(f"--run-dir {args.run_dir}: holds a run; --resume it or name another directory")
     videos = f"videos/from-{step}" if args.resume else "videos"
-    video_dir = f"{args.run_dir}/{videos}" if args.capture_video else None
-    envs = open_envs(args, 1 if args.eval else args.num_envs, seed, video_dir)
+    video_dir = f"{args.run_dir}/{videos}" if args.capture_video and RANK == 0 else None
+    envs = open_envs(args, num_envs, seed, video_dir)
     try:
         if args.eval:
             evaluate(args, agent, envs, seed, step)
-        else:
-            train(args, agent, envs, seed, reference, state)
+            return
+        if PROCESSES > 1:
+            join_processes(agent, seed)
+        train(args, agent, envs, seed, reference, state)
+    except EnvironmentFailure as error:
+        fail(error, 1, alone=True)
+    except OSError as error:
+        fail(f"cannot write to {args.run_dir}: {error}", 1, alone=True)
     finally:
         envs.close()
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -230,7 +230,7 @@ def test_cuda(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
     monkeypatch.setattr(ppo.Agent, "to", lambda agent, d: devices.append(str(d)) or agent)
     started(f"--{switch}cuda")
-    assert devices == ["cuda" if available and not switch else "cpu"]
+    assert devices == ["cuda:0" if available and not switch else "cpu"]
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -37,7 +37,6 @@ EXTRA = {
     ("ppo_multidiscrete_mask.py", "make_envs"): ("envs = VectorMaskInfo(envs)",),
     ("ppo_multidiscrete_mask.py", "Rollout"): (
         "dtype = torch.uint8 if byte else torch.float32",
-        "self.stuck: tuple[int, str] | None = None",
         "found = infos.get('action_mask', np.ones((n, sum(agent.nvec)), bool))",
         "self.masked = 'action_mask' in infos",
         "self.masks = np.repeat(np.asarray(found, bool)[None], rows, 0)",
@@ -49,7 +48,7 @@ EXTRA = {
         "masks = torch.as_tensor(rollout.masks[t], device=obs.device)",
         "chosen, rollout.allowed[t] = agent.act(obs, masks, draw)",
         "if rollout.masked and (stuck := agent.refused(rollout.allowed[t], actions)):\n"
-        "    n, head = stuck[0]\n    rollout.stuck = "
+        "    n, head = (RANK * envs.num_envs + stuck[0][0], stuck[0][1])\n    rollout.stuck = "
         "(t, f'the mask of environment {n} allows no choice of head {head}')\n    return",
         "if ('action_mask' in infos) != rollout.masked:\n    rollout.stuck = "
         "(t, 'there are masks after steps but not after resets, or the reverse,')\n    return",
@@ -57,16 +56,10 @@ EXTRA = {
     ),
     ("ppo_multidiscrete_mask.py", "Batch"): ("masks: Tensor",),
     ("ppo_multidiscrete_mask.py", "make_batch"): ("masks = rollout.allowed[:-1].flatten(0, 1)",),
-    ("ppo_multidiscrete_mask.py", "find_broken"): (
-        "if rollout.stuck:\n    t, why = rollout.stuck\n"
-        "    return f'{why} at step {step + t * len(rollout.so_far[0])}'",
-    ),
     ("ppo_multidiscrete_mask.py", "train"): (
         "scalars |= {'policy/invalid_fraction': invalid_fraction(agent, rollout)}",
     ),
     ("ppo_multidiscrete_mask.py", "evaluate"): (
-        "masks = torch.as_tensor(rollout.masks[-1], device=rollout.obs.device)",
-        "actions, allowed = agent.act(obs, masks, noise)",
         "if rollout.masked and (stuck := agent.refused(allowed, actions)):\n"
         "    fail(f'the mask of environment 0 allows no choice of head {stuck[0][1]}', 1)",
         "keep_masks(rollout, -1, infos, terminated | truncated)",
@@ -87,8 +80,11 @@ WORDS = {
     "actions.copy_(chosen)": "actions.copy_(agent.act(obs, draw))",
     "    if rollout.next_step:\n        rollout.valid": '    if envs.metadata["autoreset_mode"] == '
     "AutoresetMode.NEXT_STEP:\n        rollout.valid",
-    "obs, reward, terminated, truncated, infos = envs.step(agent.to_env(actions))": "obs, reward, "
-    "terminated, truncated, _ = envs.step(agent.to_env(agent.act(obs, noise)))",
+    "        masks = torch.as_tensor(rollout.masks[-1], device=rollout.obs.device)\n"
+    "        actions, allowed = agent.act(obs, masks, noise)\n": "        actions = "
+    "agent.act(obs, noise)\n",
+    "obs, reward, terminated, truncated, infos = attempt": "obs, reward, terminated, truncated, "
+    "_ = attempt",
     "if len(obs_space.shape) == 3 and not state": "if is_pixels(obs_space) and not state",
 }
 
