@@ -433,10 +433,18 @@ def attempt(envs: VectorEnv, call: Callable, *args: Any, **kwargs: Any) -> tuple
 # ---- statistics
 
 
+def talk(call: Callable, *args: Any) -> None:
+    """Have all processes make a collective call; ends the run if one of them has ended."""
+    try:
+        call(*args)
+    except RuntimeError as error:
+        fail(f"cannot reach the other processes: {error}", 1, alone=True)
+
+
 def all_sum(values: Tensor) -> Tensor:
     """Add up the values of all processes, in place."""
     if PROCESSES > 1:
-        distributed.all_reduce(values)
+        talk(distributed.all_reduce, values)
     return values
 
 
@@ -456,7 +464,7 @@ def gather(value: Any) -> list[Any]:
     """Every process's value, in the order of their ranks."""
     values = [value] * PROCESSES
     if PROCESSES > 1:
-        distributed.all_gather_object(values, value)
+        talk(distributed.all_gather_object, values, value)
     return values
 
 
