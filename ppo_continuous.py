@@ -309,6 +309,9 @@ class FireReset(gym.Wrapper):
         return obs, info
 
 
+INFOS = ("failure", "lives")  # what training reads beside observations and rewards
+
+
 class Guard(gym.Wrapper):
     """Turns an error of the environment into info["failure"], which ends the run."""
 
@@ -382,12 +385,35 @@ def is_atari(args: Args) -> bool:
     return atari
 
 
+class SyncEnvs(SyncVectorEnv):
+    """Gymnasium's, with a faster step that resets in the same step and reads few infos."""
+
+    def __init__(self, env_fns: list[Callable]) -> None:
+        super().__init__(env_fns, copy=False, autoreset_mode="SameStep")
+        self.obs = np.zeros(self.observation_space.shape, self.observation_space.dtype)
+        self.rewards, self.ends = np.zeros(self.num_envs), np.zeros((2, self.num_envs), bool)
+
+    def step(self, actions: np.ndarray) -> tuple:
+        """Arrays that the next step writes over, and infos of INFOS alone."""
+        infos = {}
+        for n, (env, action) in enumerate(zip(self.envs, actions, strict=True)):
+            obs, self.rewards[n], *ends, info = env.step(action)
+            self.ends[:, n] = ends
+            if any(ends):
+                infos = self._add_info(infos, {"final_obs": np.array(obs)}, n)
+                obs, info = env.reset()
+            self.obs[n] = obs
+            if kept := {key: info[key] for key in INFOS if key in info}:
+                infos = self._add_info(infos, kept, n)
+        return self.obs, self.rewards, *self.ends, infos
+
+
 def make_envs(args: Args, num_envs: int, seed: int, video_dir: str | None = None) -> VectorEnv:
     """`num_envs` environments side by side that reset in the same or in the next step."""
     if args.vectorization in ("sync", "async"):
         fns = [partial(make_env, args, None if i else video_dir) for i in range(num_envs)]
         if args.vectorization == "sync":
-            return SyncVectorEnv(fns, copy=False, autoreset_mode="SameStep")
+            return SyncEnvs(fns)
         return AsyncVectorEnv(fns, copy=False, autoreset_mode="SameStep", context="forkserver")
     kwargs = json.loads(args.env_kwargs)
     if args.vectorization == "envpool":
@@ -672,6 +698,7 @@ class Rollout:
         device, action = agent.obs_norm.mean.device, agent.action_dtype
         self.obs = torch.zeros(rows, n, *space.shape, dtype=dtype, device=device)
         self.actions = torch.zeros(steps, n, *agent.action_shape, dtype=action, device=device)
+        self.rows = list(zip(self.obs[:-1], self.obs[1:], self.actions, strict=True))
         self.rewards, self.lives = np.zeros((steps, n)), np.zeros((rows, n), np.int64)
         self.terminated, self.truncated = np.zeros((2, steps, n), bool)
         self.valid = np.ones((rows, n), bool)
@@ -694,8 +721,7 @@ def collect(agent: Agent, envs: VectorEnv, rollout: Rollout, interrupted: list[i
     rollout.valid[0], rollout.lives[0] = rollout.valid[-1], rollout.lives[-1]
     rollout.final_obs.clear()
     noise = agent.draw_noise(*rollout.rewards.shape)
-    rows = zip(noise, rollout.obs[:-1], rollout.obs[1:], rollout.actions, strict=True)
-    for t, (draw, obs, next_obs, actions) in enumerate(rows):
+    for t, (draw, (obs, next_obs, actions)) in enumerate(zip(noise, rollout.rows, strict=True)):
         if interrupted:
             return
         actions.copy_(agent.act(obs, draw))
@@ -875,19 +901,15 @@ def standardize(advantages: Tensor, weights: Tensor) -> Tensor:
     return centred / (variance.sqrt() + 1e-8)
 
 
-def larger(a: Tensor, b: Tensor) -> Tensor:
-    """Elementwise maximum, with a gradient that is cheaper than torch.maximum's."""
-    return torch.where(a > b, a, b)
-
-
 def policy_loss(
     ratio: Tensor, advantages: Tensor, clip: float | None, dual_clip: float | None
 ) -> Tensor:
     """Clipped surrogate [M] (PPO, eq. 7), with the dual clip of Ye et al. (2020), eq. 3."""
     cost = -advantages
     loss = ratio * cost
-    if clip is not None:
-        loss = larger(loss, ratio.clamp(1 - clip, 1 + clip) * cost)
+    if clip is not None:  # without a gradient, for it has none where it is the larger one
+        clipped = ratio.detach().clamp(1 - clip, 1 + clip) * cost
+        loss = torch.where(clipped > loss, clipped, loss)
     if dual_clip is not None:
         loss = torch.where((cost > 0) & (loss > dual_clip * cost), dual_clip * cost, loss)
     return loss
@@ -899,51 +921,81 @@ def value_loss(values: Tensor, targets: Tensor, huber: bool) -> Tensor:
     return F.huber_loss(values, targets, reduction="none", delta=delta)
 
 
-METRICS = (  # of ppo_loss, and the norm of its gradient
+def clip_values(values: Tensor, batch: Batch, args: Args) -> Tensor:
+    """Values [M], clipped around the old ones where that makes the larger error (PPO2's clip)."""
+    clip = args.clip_coef if args.vclip_coef is None else args.vclip_coef
+    if not args.clip_vloss or clip is None:
+        return values
+    near = values.detach().clamp(batch.values - clip, batch.values + clip)
+    worse = (near - batch.targets).abs() > (values.detach() - batch.targets).abs()
+    return torch.where(worse, near, values)
+
+
+def ppo_loss(
+    agent: Agent, batch: Batch, coefs: Tensor, args: Args
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Loss [] of a minibatch, and the distributions [M, D] and critic's outputs [M] behind it.
+
+    `coefs` [5] weigh the policy loss, value loss, entropy, KL(old, new) and KL(new, reference).
+    """
+    dists, values = agent(batch.obs)
+    policy_coef, value_coef, entropy_coef, kl_coef, ref_coef = coefs
+    ratio = (agent.log_prob(dists, batch.actions) - batch.logprobs).exp()
+    surrogate = policy_loss(ratio, batch.advantages, args.clip_coef, args.dual_clip_coef)
+    clipped = clip_values(values, batch, args)
+    errors = value_loss(clipped, batch.targets, args.value_loss == "huber")
+    loss = policy_coef * surrogate + value_coef * errors
+    if args.ent_coef > 0 or args.ent_coef_final is not None:
+        loss = loss + entropy_coef * agent.entropy(dists)
+    if args.kl_coef > 0 or args.kl_target is not None:
+        loss = loss + kl_coef * agent.kl_divergence(batch.dists, dists)
+    if args.ref_checkpoint:
+        loss = loss + ref_coef * agent.kl_divergence(dists, batch.ref_dists)
+    return loss @ batch.weights, (dists, values)
+
+
+def loss_gradient(
+    agent: Agent, parameters: list[nn.Parameter], batch: Batch, coefs: Tensor, args: Args
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Gradient [P] of `ppo_loss` by the parameters, as one vector, and what else it returns."""
+    loss, (dists, values) = ppo_loss(agent, batch, coefs, args)
+    parts = torch.autograd.grad(loss, parameters)
+    return torch.cat([part.flatten() for part in parts]), (dists.detach(), values.detach())
+
+
+METRICS = (  # of `measure`, and the norm of the gradient
     "losses/policy_loss losses/value_loss losses/entropy losses/kl losses/ref_kl "
     "losses/old_approx_kl losses/approx_kl losses/clipfrac losses/value_loss_unclipped "
     "losses/value_clipfrac values/mean losses/grad_norm"
 ).split()
 
 
-def ppo_loss(agent: Agent, batch: Batch, coefs: Tensor, args: Args) -> tuple[Tensor, Tensor]:
-    """Loss [] of a minibatch, and its METRICS without the gradient's norm.
+@torch.no_grad()
+def measure(agent: Agent, batch: Batch, dists: Tensor, values: Tensor, args: Args) -> Tensor:
+    """METRICS without the gradient's norm [11], means over minibatches [..., M, *].
 
-    `coefs` [5] weigh the policy loss, value loss, entropy, KL(old, new) and KL(new, reference).
+    `dists` and `values` are what `ppo_loss` returned for each of them.
     """
-    dists, values = agent(batch.obs)
     logratio = agent.log_prob(dists, batch.actions) - batch.logprobs
-    ratio, moved, huber = logratio.exp(), values - batch.values, args.value_loss == "huber"
-    unclipped = worst = value_loss(values, batch.targets, huber)
+    ratio, huber = logratio.exp(), args.value_loss == "huber"
     vclip = args.clip_coef if args.vclip_coef is None else args.vclip_coef
-    if args.clip_vloss and vclip is not None:
-        near = batch.values + moved.clamp(-vclip, vclip)
-        worst = larger(unclipped, value_loss(near, batch.targets, huber))
-    with torch.set_grad_enabled(args.kl_coef > 0 or args.kl_target is not None):
-        kl = agent.kl_divergence(batch.dists, dists)
-    with torch.set_grad_enabled(args.ent_coef > 0 or args.ent_coef_final is not None):
-        entropy = agent.entropy(dists)
-    ref_kl = torch.zeros_like(kl)
+    kl, ref = agent.kl_divergence(batch.dists, dists), torch.zeros_like(ratio)
     if args.ref_checkpoint:
-        ref_kl = agent.kl_divergence(dists, batch.ref_dists)
-    surrogate = policy_loss(ratio, batch.advantages, args.clip_coef, args.dual_clip_coef)
-    terms = torch.stack((surrogate, worst, entropy, kl, ref_kl)) @ batch.weights
-    with torch.no_grad():
-        change = ratio - 1
-        clipped = (change.abs() > (args.clip_coef or torch.inf)).float()
-        value_clipped = (moved.abs() > (vclip or torch.inf)).float()
-        evidence = (-logratio, change - logratio, clipped, unclipped, value_clipped, values)
-        metrics = torch.cat((terms, torch.stack(evidence) @ batch.weights))
-    return coefs @ terms, metrics
-
-
-def loss_gradient(
-    agent: Agent, parameters: list[nn.Parameter], batch: Batch, coefs: Tensor, args: Args
-) -> tuple[Tensor, Tensor]:
-    """Gradient [P] of `ppo_loss` by the parameters, as one vector, and its metrics."""
-    loss, metrics = ppo_loss(agent, batch, coefs, args)
-    parts = torch.autograd.grad(loss, parameters)
-    return torch.cat([part.flatten() for part in parts]), metrics
+        ref = agent.kl_divergence(dists, batch.ref_dists)
+    rows = (
+        policy_loss(ratio, batch.advantages, args.clip_coef, args.dual_clip_coef),
+        value_loss(clip_values(values, batch, args), batch.targets, huber),
+        agent.entropy(dists),
+        kl,
+        ref,
+        -logratio,
+        ratio - 1 - logratio,
+        ((ratio - 1).abs() > (args.clip_coef or torch.inf)).float(),
+        value_loss(values, batch.targets, huber),
+        ((values - batch.values).abs() > (vclip or torch.inf)).float(),
+        values,
+    )
+    return (torch.stack(rows) * batch.weights).sum(-1).view(len(rows), -1).mean(1)
 
 
 def clip_norm(gradient: Tensor, limit: float | None) -> Tensor:
@@ -1062,16 +1114,18 @@ def update(
             scope = shape if args.norm_adv_scope == "minibatch" else (1, -1)
             advantages = standardize(advantages.view(scope), weights.view(scope)).view(shape)
         epoch_rows = epoch_rows._replace(advantages=advantages, weights=normalize(weights))
+        trained, weights = (critic, critic_coefs) if alone else (parameters, coefs)
+        seen = []
         for minibatch in map(Batch._make, zip(*epoch_rows, strict=True)):
-            trained, weights = (critic, critic_coefs) if alone else (parameters, coefs)
-            gradient, metrics = gradient_of(agent, trained, minibatch, weights, args)
+            gradient, outputs = gradient_of(agent, trained, minibatch, weights, args)
             norms.append(clip_norm(all_sum(gradient), args.max_grad_norm))
-            history.append(metrics)
+            seen.append(outputs)
             optimizer.step(gradient)
+        dists, values = map(torch.stack, zip(*seen, strict=True))
+        history.append(all_sum(measure(agent, epoch_rows, dists, values, args)))
         if args.target_kl is not None and not alone:
-            kl = torch.stack(history[-args.num_minibatches :])[:, METRICS.index("losses/approx_kl")]
-            stopped = bool(all_sum(kl.mean()) > args.target_kl)
-    return torch.cat((all_sum(torch.stack(history).mean(0)), torch.stack(norms).mean(0, True)))
+            stopped = bool(history[-1][METRICS.index("losses/approx_kl")] > args.target_kl)
+    return torch.cat((torch.stack(history).mean(0), torch.stack(norms).mean(0, True)))
 
 
 # ---- logging

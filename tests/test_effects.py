@@ -130,8 +130,9 @@ def loss_of(made: SimpleNamespace, **flags: Any) -> SimpleNamespace:
             parameter += 0.1 * torch.randn_like(parameter)
     batch = made.batch._replace(weights=ppo.normalize(made.batch.weights))
     coefs = torch.tensor([1.0, args.vf_coef, -args.ent_coef, args.kl_coef, 0.0])
-    loss, metrics = ppo.ppo_loss(agent, batch, coefs, args)
+    loss, outputs = ppo.ppo_loss(agent, batch, coefs, args)
     loss.backward()
+    metrics = ppo.measure(agent, batch, *outputs, args)
     grads = {name: p.grad.clone() for name, p in agent.named_parameters()}
     metrics = dict(zip(ppo.METRICS, metrics.tolist(), strict=False))
     return SimpleNamespace(agent=agent, loss=loss.item(), metrics=metrics, grads=grads)

@@ -249,7 +249,8 @@ def test_clipped_value_loss(
     one = torch.ones(1, dtype=torch.float64)
     batch = make_batch(agent, rows=1)._replace(values=old * one, targets=target * one)
     coefs = torch.tensor([0.0, 1.0, 0.0, 0.0, 0.0], dtype=torch.float64)
-    loss, metrics = ppo.ppo_loss(agent, batch, coefs, args)
+    loss, outputs = ppo.ppo_loss(agent, batch, coefs, args)
+    metrics = ppo.measure(agent, batch, *outputs, args)
     (slope,) = torch.autograd.grad(loss, agent.critic[-1].bias)
     full, near = (value - target) ** 2, (min(max(value, old - 0.2), old + 0.2) - target) ** 2
     assert loss.item() == pytest.approx(max(full, near) / 2)
@@ -322,7 +323,8 @@ def test_loss_gradient_and_metrics(variant: str) -> None:
     batch = make_batch(agent)
     weights = ppo.normalize(torch.rand(24, generator=torch.manual_seed(5), dtype=torch.float64))
     batch = batch._replace(weights=weights)
-    loss, metrics = ppo.ppo_loss(agent, batch, coefs, args)
+    loss, outputs = ppo.ppo_loss(agent, batch, coefs, args)
+    metrics = ppo.measure(agent, batch, *outputs, args)
     expected, evidence = naive_loss(agent, batch, coefs, args)
     if not args.ref_checkpoint:
         evidence["losses/ref_kl"] = 0.0
@@ -331,7 +333,24 @@ def test_loss_gradient_and_metrics(variant: str) -> None:
     torch.testing.assert_close(gradient(loss, agent), gradient(expected, agent))
     assert len(metrics) == len(ppo.METRICS) - 1
     assert dict(zip(ppo.METRICS, metrics.tolist(), strict=False)) == pytest.approx(evidence)
-    assert not metrics.requires_grad or loss.requires_grad
+    assert loss.requires_grad
+    assert not metrics.requires_grad
+
+
+def test_metrics_of_several_minibatches() -> None:
+    """Means over them, of whatever shape they are stacked in."""
+    args = ppo.Args(hidden_sizes=(6,), clip_coef=0.1)
+    agent, rows = make_agent(args), []
+    for seed in range(6):
+        batch = make_batch(agent, seed=seed)
+        weights = ppo.normalize(normal(24, seed=seed).abs())
+        rows.append((batch._replace(weights=weights), *agent(batch.obs)))
+    single = torch.stack([ppo.measure(agent, *row, args) for row in rows])
+    batches, dists, values = zip(*rows, strict=True)
+    whole = ppo.Batch(*(torch.stack(column).unflatten(0, (2, 3)) for column in zip(*batches)))
+    dists, values = (torch.stack(column).unflatten(0, (2, 3)) for column in (dists, values))
+    torch.testing.assert_close(ppo.measure(agent, whole, dists, values, args), single.mean(0))
+    assert (single.std(0)[[0, 1, 2, 5, 6, 7, 8, 9, 10]] > 1e-4).all()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -370,8 +389,9 @@ def test_rows_of_weight_zero_count_for_nothing(variant: str, norm_adv: bool) -> 
         if norm_adv:
             rows = rows._replace(advantages=ppo.standardize(rows.advantages, rows.weights))
         rows = rows._replace(weights=ppo.normalize(rows.weights))
-        loss, metrics = ppo.ppo_loss(agent, rows, coefs, args)
-        return loss.detach(), gradient(loss, agent), metrics.detach()
+        loss, outputs = ppo.ppo_loss(agent, rows, coefs, args)
+        metrics = ppo.measure(agent, rows, *outputs, args)
+        return loss.detach(), gradient(loss, agent), metrics
 
     columns = zip(batch, other, strict=True)
     mixed = ppo.Batch(*(torch.where(dead.view(-1, *[1] * (a.ndim - 1)), b, a) for a, b in columns))
@@ -442,7 +462,8 @@ def test_entropy_bonus_pulls_towards_the_uniform_policy() -> None:
     coefs = torch.tensor([0.0, 0.0, -1.0, 0.0, 0.0], dtype=torch.float64)
     optimizer, entropies = torch.optim.SGD(agent.actor.parameters(), 0.2), []
     for _ in range(200):
-        loss, metrics = ppo.ppo_loss(agent, batch, coefs, args)
+        loss, outputs = ppo.ppo_loss(agent, batch, coefs, args)
+        metrics = ppo.measure(agent, batch, *outputs, args)
         entropies.append(metrics[ppo.METRICS.index("losses/entropy")].item())
         assert loss.item() == pytest.approx(-entropies[-1])
         optimizer.zero_grad()

@@ -158,8 +158,9 @@ def test_loss_and_gradient_of_stable_baselines(norm_adv: bool, max_grad_norm: fl
     if norm_adv:
         batch = batch._replace(advantages=ppo.standardize(batch.advantages, batch.weights))
     batch = batch._replace(weights=ppo.normalize(batch.weights))
-    loss, metrics = ppo.ppo_loss(agent, batch, torch.tensor(COEFS), args)
+    loss, outputs = ppo.ppo_loss(agent, batch, torch.tensor(COEFS), args)
     loss.backward()
+    metrics = ppo.measure(agent, batch, *outputs, args)
     norm = torch.cat([p.grad.flatten() for p in agent.parameters()]).norm().item()
     assert norm > 0.6
     scale = min(1.0, max_grad_norm / norm)
@@ -435,17 +436,23 @@ def test_target_kl(
 ) -> None:
     """The epoch whose minibatches have a mean KL above 0.01 is the last; the critic's go on."""
     args = ppo.Args(target_kl=0.01, num_minibatches=2, update_epochs=4, critic_epochs=critic_epochs)
-    column, loss_fn, kinds, means = ppo.METRICS.index("losses/approx_kl"), ppo.ppo_loss, [], []
+    column, kinds, means = ppo.METRICS.index("losses/approx_kl"), [], []
+    loss_fn, measure = ppo.ppo_loss, ppo.measure
 
     def spy(agent: ppo.Agent, minibatch: ppo.Batch, coefs: Tensor, args: ppo.Args) -> Any:
-        loss, metrics = loss_fn(agent, minibatch, coefs, args)
-        metrics = metrics.clone()
-        metrics[column] = kls[len(kinds)] if coefs[0] else 7.0
         kinds.append("policy" if coefs[0] else "critic")
+        return loss_fn(agent, minibatch, coefs, args)
+
+    def told(*args: Any) -> Tensor:
+        """Metrics of an epoch of two minibatches, with the KL that the case has for them."""
+        metrics = measure(*args)
+        pair = kls[len(kinds) - 2 : len(kinds)] if kinds[-1] == "policy" else [7.0, 7.0]
+        metrics[column] = np.mean(pair)
         means.append(metrics[column].item())
-        return loss, metrics
+        return metrics
 
     monkeypatch.setattr(ppo, "ppo_loss", spy)
+    monkeypatch.setattr(ppo, "measure", told)
     agent = make_agent(args)
     metrics = run_update(agent, make_batch(agent), args, COEFS)
     assert kinds == ["policy"] * 2 * policy_epochs + ["critic"] * 2 * critic_epochs

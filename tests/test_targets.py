@@ -61,6 +61,7 @@ def play(args: ppo.Args, mode: str, chance: float = 0.2) -> Play:
     agent.value_norm.std.fill_(2.0)
     rollout = ppo.Rollout(args, agent, envs, args.seed)
     rollout.obs = rollout.obs.double()
+    rollout.rows = list(zip(rollout.obs[:-1], rollout.obs[1:], rollout.actions, strict=True))
 
     def collect() -> list[list[Step]]:
         seen = [len(env.log) for env in envs.envs]
