@@ -13,8 +13,8 @@ SCRIPTS = sorted(path.name for path in ROOT.glob("ppo_*.py"))
 
 # What may differ, for it is about actions: defaults, further flags, the policy's head, and masks.
 OWN = set(
-    "Args INFOS beta_dist PIXEL_DEFAULTS RANGES OTHER_SCRIPTS open_envs is_flat TaxiDispatch move_mask "
-    "keys_beside_mask without_mask MaskInfo VectorMaskInfo MASKED keep_masks invalid_fraction "
+    "Args INFOS beta_dist PIXEL_DEFAULTS RANGES OTHER_SCRIPTS open_envs is_flat TaxiDispatch "
+    "move_mask keys_beside_mask without_mask MaskInfo VectorMaskInfo MASKED keep_masks invalid_fraction "
     "check_mask".split()
 ) | {
     f"Agent.{name}"
@@ -33,7 +33,6 @@ EXTRA = {
         "if saved['args'].distribution != args.distribution:\n    "
         "fail(f\"--ref-checkpoint: its distribution is {saved['args'].distribution}\")",
     ),
-    ("ppo_multidiscrete_mask.py", "make_env"): ("env = MaskInfo(env)",),
     ("ppo_multidiscrete_mask.py", "make_envs"): ("envs = VectorMaskInfo(envs)",),
     ("ppo_multidiscrete_mask.py", "Rollout"): (
         "dtype = torch.uint8 if byte else torch.float32",
@@ -46,8 +45,9 @@ EXTRA = {
     ("ppo_multidiscrete_mask.py", "collect"): (
         "rollout.masks[0] = rollout.masks[-1]",
         "masks = torch.as_tensor(rollout.masks[t], device=obs.device)",
-        "chosen, rollout.allowed[t] = agent.act(obs, masks, draw)",
-        "if rollout.masked and (stuck := agent.refused(rollout.allowed[t], actions)):\n"
+        "chosen, allowed = agent.act(obs, masks, draw)",
+        "rollout.allowed[t] = allowed",
+        "if rollout.masked and (stuck := agent.refused(allowed, chosen)):\n"
         "    n, head = (RANK * envs.num_envs + stuck[0][0], stuck[0][1])\n    rollout.stuck = "
         "(t, f'the mask of environment {n} allows no choice of head {head}')\n    return",
         "if ('action_mask' in infos) != rollout.masked:\n    rollout.stuck = "
@@ -68,6 +68,7 @@ EXTRA = {
 }
 # Words of the script with masks, and what the others have in their place.
 WORDS = {
+    "Guard(flatten(MaskInfo(env)))": "Guard(flatten(env))",
     "obs: Tensor, masks: Tensor)": "obs: Tensor)",
     ", masks.split(1024))": ")",
     "(0, 1), rollout.allowed.flatten(0, 1))": "(0, 1))",
