@@ -14,8 +14,8 @@ SCRIPTS = sorted(path.name for path in ROOT.glob("ppo_*.py"))
 # What may differ, for it is about actions: defaults, further flags, the policy's head, and masks.
 OWN = set(
     "Args INFOS beta_dist PIXEL_DEFAULTS RANGES OTHER_SCRIPTS open_envs is_flat TaxiDispatch "
-    "move_mask keys_beside_mask without_mask MaskInfo VectorMaskInfo MASKED keep_masks invalid_fraction "
-    "check_mask".split()
+    "move_mask keys_beside_mask without_mask MaskInfo VectorMaskInfo MASKED keep_masks "
+    "invalid_fraction check_mask".split()
 ) | {
     f"Agent.{name}"
     for name in "__init__ preprocess act forward distribution draw_noise sample mode log_prob "

@@ -1,13 +1,19 @@
-"""Training speed beside CleanRL, Stable-Baselines3 and sb3-contrib, one thread each.
+"""Training speed and memory beside CleanRL, Stable-Baselines3 and sb3-contrib.
 
     python tests/benchmarks/speed.py --cleanrl PATH_TO_A_CHECKOUT [--workloads cartpole masks]
         [--cleanrl-python PYTHON_WITH_GYMNASIUM_0.29] [--repeats 5]
+    python tests/benchmarks/speed.py --many-envs
+    python tests/benchmarks/speed.py --whole-run --cleanrl PATH_TO_A_CHECKOUT
+    python tests/benchmarks/speed.py --picture
 
-Runs alternate, so that a slow minute of the machine meets all of them. Every row of
-results/speed.csv is one run; workloads that were not asked for keep their rows. The last lines
-printed are medians and their ratios. Steps per second are counted from the first environment step
-to the last update; starting Python and importing are left out. CleanRL's ppo_continuous_action.py
-needs an interpreter with gymnasium 0.29.
+Runs alternate, so that a slow minute of the machine meets all of them, and every run is a process
+of its own. Steps per second are counted from the first environment step to the last update, with
+--compile from the second iteration on, for the first one compiles; starting Python and importing
+are left out. "environment" steps the environments alone, with random actions, through the script's
+own vectorisation: no training can be faster. Memory is the peak resident size. Every run is a row
+of results/speed.csv, and every part of an iteration one of results/split.csv; workloads that were
+not asked for keep their rows. CleanRL's files are run as they are; its ppo_continuous_action.py
+needs an interpreter with gymnasium 0.29. --picture needs matplotlib.
 """
 
 import argparse
@@ -18,16 +24,19 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-PEER = """
+RESULTS = HERE / "results"
+PARTS = "collect make_batch update describe log"
+SB3 = """
 import time, torch
 from stable_baselines3 import PPO
-from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import VecNormalize
-torch.set_num_threads(1)
+from stable_baselines3.common.env_util import make_atari_env, make_vec_env
+from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize
+torch.set_num_threads({threads})
 steps, seed = {steps}, {seed}
 {model}
 start = time.perf_counter()
@@ -41,6 +50,9 @@ model = PPO(
     clip_range=0.2, clip_range_vf=0.2, ent_coef=0.01,
 )
 """
+CARTPOLE64 = CARTPOLE.replace('"CartPole-v1", 4', '"CartPole-v1", 64').replace(
+    "=128, n_e", "=2048, n_e"
+)
 HALFCHEETAH = """
 env = VecNormalize(make_vec_env("HalfCheetah-v5", 1, seed=seed), gamma=0.99)
 model = PPO(
@@ -58,88 +70,296 @@ model = MaskablePPO(
     n_epochs=4, clip_range=0.1, clip_range_vf=0.1, ent_coef=0.01,
 )
 """
+PONG = """
+import ale_py
+env = VecFrameStack(make_atari_env("PongNoFrameskip-v4", 8, seed=seed), 4)
+model = PPO(
+    "CnnPolicy", env, seed=seed, device="cpu",
+    learning_rate=lambda left: 2.5e-4 * left, n_steps=128, batch_size=256, n_epochs=4,
+    clip_range=0.1, clip_range_vf=0.1, ent_coef=0.01,
+)
+"""
 MASKS_ID = "tests.envs.invalid_actions:InvalidActionMultiDiscrete-v0"
-WORKLOADS = {  # name: our script and flags, CleanRL's script, the other peer and its model, steps
-    "cartpole": ("ppo_discrete.py", "ppo.py", "Stable-Baselines3", CARTPOLE, 100_000),
+WORKLOADS = {  # ours, CleanRL's, the other peer, its model, steps of a run, threads
+    "cartpole": ("ppo_discrete.py", "ppo.py", "Stable-Baselines3", CARTPOLE, 100_000, 1),
     "halfcheetah": (
-        "ppo_continuous.py",
-        "ppo_continuous_action.py",
-        "Stable-Baselines3",
-        HALFCHEETAH,
-        20_480,
+        *("ppo_continuous.py", "ppo_continuous_action.py"),
+        *("Stable-Baselines3", HALFCHEETAH, 20_480, 1),
     ),
     "masks": (
         f"ppo_multidiscrete_mask.py --env-id {MASKS_ID}",
-        None,
-        "sb3-contrib",
-        MASKS,
-        50_000,
+        *(None, "sb3-contrib", MASKS, 50_000, 1),
+    ),
+    "cartpole64": (
+        "ppo_discrete.py --num-envs 64 --vectorization native",
+        *(None, "Stable-Baselines3", CARTPOLE64, 200_000, 2),
+    ),
+    "pong": (
+        "ppo_discrete.py --env-id ALE/Pong-v5 --vectorization native",
+        *("ppo_atari.py --env-id PongNoFrameskip-v4", "Stable-Baselines3", PONG, 5_120, 2),
+    ),
+}
+# Our script, with something around it: the rate from the second iteration on, and times of parts.
+TIMED = """
+import importlib, sys, time
+sys.path.insert(0, {root!r})
+script = importlib.import_module({script!r})
+times, logged = {{}}, []
+def timed(name):
+    function = getattr(script, name)
+    def call(*args, **kwargs):
+        start = time.perf_counter()
+        result = function(*args, **kwargs)
+        times.setdefault(name, []).append(time.perf_counter() - start)
+        if name == "log":
+            logged.append((time.perf_counter(), args[1]))
+        return result
+    setattr(script, name, call)
+for name in {parts!r}.split():
+    timed(name)
+sys.argv = [script.__file__, *{flags!r}]
+start = time.perf_counter()
+script.main()
+(first, begin), (last, end) = logged[0], logged[-1]
+print("SPS:", (end - begin) / (last - first))
+for name, values in times.items():
+    print("part", name, sorted(values)[len(values) // 2] * 1e3)
+"""
+FLOOR = """
+import importlib, sys, time
+sys.path.insert(0, {root!r})
+script = importlib.import_module({script!r})
+sys.argv = [script.__file__, *{flags!r}]
+args = script.parse_args()
+if "ALE/" in args.env_id:
+    args.num_envs = 8
+envs = script.make_envs(args, args.num_envs, 1)
+envs.reset(seed=1)
+envs.action_space.seed(1)
+actions = [envs.action_space.sample() for _ in range(500)]
+start, steps = time.perf_counter(), max({steps} // args.num_envs, 1)
+for t in range(steps):
+    envs.step(actions[t % 500])
+print("SPS:", steps * args.num_envs / (time.perf_counter() - start))
+"""
+CLEANRL = """
+import runpy, sys, gymnasium
+if hasattr(gymnasium, "register_envs"):
+    import ale_py
+    gymnasium.register_envs(ale_py)
+sys.argv = {argv!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run(command: list[str], threads: int, path: Path = ROOT) -> tuple[str, float, float]:
+    """Output, peak megabytes and seconds of a command, in an empty directory, without a GPU."""
+    limits = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    env = os.environ | limits | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{ROOT}:{path}"}
+    with tempfile.TemporaryDirectory() as directory, tempfile.TemporaryFile("w+") as out:
+        start = time.perf_counter()
+        process = subprocess.Popen(command, cwd=directory, env=env, stdout=out, stderr=out)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        seconds = time.perf_counter() - start
+        out.seek(0)
+        text = out.read()
+    if process.returncode:
+        raise SystemExit(f"{command}\n{text}")
+    return text, usage.ru_maxrss / 1024, seconds
+
+
+def sps(text: str) -> int:
+    """Steps per second that were reported last."""
+    return round(float(re.findall(r"SPS: [\d.]+|[\d.]+ SPS", text)[-1].strip(" SP:")))
+
+
+def commands(name: str, seed: int, options: argparse.Namespace) -> dict[str, list[str]]:
+    """{who: command} of a workload."""
+    ours, cleanrl, peer, model, steps, threads = WORKLOADS[name]
+    script, *flags = ours.split()
+    flags += ["--total-timesteps", str(steps), "--seed", str(seed)]
+    flags += ["--torch-threads", str(threads), "--no-progress"]
+    ours = {"root": str(ROOT), "script": script.removesuffix(".py"), "parts": PARTS}
+    # enough iterations after the first, which compiles, and a checkpoint only at the end
+    slow = [*flags, "--compile", "--checkpoint-every", "0"]
+    python = [sys.executable, "-c"]
+    result = {
+        "ours": [*python, TIMED.format(flags=flags, **ours)],
+        "ours compiled": [*python, TIMED.format(flags=slow, **ours)],
+        peer: [*python, SB3.format(steps=steps, seed=seed, model=model, threads=threads)],
+    }
+    if cleanrl and options.cleanrl:
+        file, *flags = cleanrl.split()
+        argv = [str(options.cleanrl / "cleanrl" / file), *flags]
+        argv += ["--total-timesteps", str(steps), "--seed", str(seed)]
+        python = options.cleanrl_python if name == "halfcheetah" else sys.executable
+        result["CleanRL"] = [python, "-c", CLEANRL.format(argv=argv)]
+    floor = ["--total-timesteps", str(steps), *WORKLOADS[name][0].split()[1:]]
+    result["environment"] = [
+        *(sys.executable, "-c"),
+        FLOOR.format(root=str(ROOT), script=ours["script"], flags=floor, steps=steps),
+    ]
+    return result
+
+
+def measure(options: argparse.Namespace) -> None:
+    """All workloads that were asked for, into the tables; prints medians and their ratios."""
+    rows, parts = [], []
+    for name in options.workloads:
+        threads = WORKLOADS[name][-1]
+        for seed in range(1, options.repeats + 1):
+            for who, command in commands(name, seed, options).items():
+                text, megabytes, _ = run(command, threads, options.cleanrl or ROOT)
+                row = {"workload": name, "who": who, "seed": seed, "sps": sps(text)}
+                rows.append(row | {"megabytes": round(megabytes)})
+                print(*rows[-1].values(), flush=True)
+                for part, ms in re.findall(r"^part (\w+) ([\d.]+)", text, re.MULTILINE):
+                    split = {"workload": name, "who": who, "seed": seed, "part": part}
+                    parts.append(split | {"milliseconds": round(float(ms), 3)})
+    store("speed.csv", rows, options.workloads)
+    store("split.csv", parts, options.workloads)
+    for name in options.workloads:
+        mine = [row for row in rows if row["workload"] == name]
+        median = {
+            (who, column): statistics.median(row[column] for row in mine if row["who"] == who)
+            for who in dict.fromkeys(row["who"] for row in mine)
+            for column in ("sps", "megabytes")
+        }
+        for who in dict.fromkeys(row["who"] for row in mine):
+            speed, memory = median[who, "sps"], median[who, "megabytes"]
+            eager, fast = (median[x, "sps"] / speed for x in ("ours", "ours compiled"))
+            print(
+                f"{name}: {who} {speed:.0f} SPS, {memory:.0f} MB; "
+                f"ours {eager:.2f} x, compiled {fast:.2f} x"
+            )
+
+
+def store(name: str, rows: list[dict], workloads: list[str]) -> None:
+    """Replace these workloads' rows of a table."""
+    table = RESULTS / name
+    before = list(csv.DictReader(table.open())) if table.exists() else []
+    before = [row for row in before if row["workload"] not in workloads]
+    with open(table, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(before + rows)
+
+
+MANY = {  # flags, and numbers of environments
+    "CartPole-v1, native": (
+        "ppo_discrete.py --vectorization native --num-steps 128",
+        (1, 4, 16, 64, 256, 1024),
+    ),
+    "HalfCheetah-v4, envpool": (
+        "ppo_continuous.py --env-id HalfCheetah-v4 --vectorization envpool --num-steps 64 "
+        "--num-minibatches 4",
+        (1, 4, 16, 64, 256, 1024),
+    ),
+    "Pong-v5, envpool": (
+        "ppo_discrete.py --env-id Pong-v5 --vectorization envpool --num-steps 16",
+        (1, 4, 16, 64, 256, 1024),
     ),
 }
 
 
-def measure(command: list[str]) -> float:
-    """Steps per second that a command reports last, in an empty directory and with one thread."""
-    one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    with tempfile.TemporaryDirectory() as directory:
-        done = subprocess.run(
-            command,
-            cwd=directory,
-            env=os.environ | one_thread | {"PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    if done.returncode:
-        raise SystemExit(f"{command}\n{done.stderr}")
-    return float(re.findall(r"SPS: [\d.]+|[\d.]+ SPS", done.stdout)[-1].strip(" SP:"))
+def measure_many(options: argparse.Namespace) -> None:
+    """Steps per second from 1 to 1024 environments, 10 iterations or more of each."""
+    rows = []
+    for name, (ours, sizes) in MANY.items():
+        script, *flags = ours.split()
+        steps = int(flags[flags.index("--num-steps") + 1])
+        for size in sizes:
+            total = max(10 * steps * size, 1000 if "Pong" in name else 20_000)
+            total = min(total, 20_000) if "Pong" in name and size < 1024 else total
+            total = max(total, 2 * steps * size)
+            extra = ["--num-envs", str(size), "--total-timesteps", str(total), "--no-progress"]
+            code = {"root": str(ROOT), "script": script.removesuffix(".py"), "parts": PARTS}
+            command = [sys.executable, "-c", TIMED.format(flags=[*flags, *extra], **code)]
+            text, megabytes, _ = run(command, 1)
+            row = {"workload": name, "num_envs": size, "sps": sps(text)}
+            rows.append(row | {"megabytes": round(megabytes)})
+            print(*rows[-1].values(), flush=True)
+    store("many_envs.csv", rows, list(MANY))
+
+
+def measure_whole(options: argparse.Namespace) -> None:
+    """Seconds of whole runs with all defaults, from the shell and back, and of --help."""
+    ours = [sys.executable, str(ROOT / "ppo_discrete.py"), "--no-progress"]
+    runs = {
+        "ours": ours,
+        "ours compiled": [*ours, "--compile"],
+        "--help": [*ours[:2], "--help"],
+    }
+    if options.cleanrl:
+        runs["CleanRL"] = [sys.executable, str(options.cleanrl / "cleanrl" / "ppo.py")]
+    run(runs["ours compiled"], 1)  # fills the compiler's cache
+    rows = []
+    for seed in range(1, options.repeats + 1):
+        for who, command in runs.items():
+            seconds = run(command, 1)[2]
+            row = {"workload": "whole run", "who": who, "seed": seed}
+            rows.append(row | {"seconds": round(seconds, 2)})
+            print(*rows[-1].values(), flush=True)
+    store("whole_run.csv", rows, ["whole run"])
+    for who in runs:
+        print(who, statistics.median(row["seconds"] for row in rows if row["who"] == who), "s")
+
+
+def draw() -> None:
+    """Bars of medians as ratios to ours, and the curve of many environments."""
+    import matplotlib.pyplot as plt
+
+    _, (bars, curve) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    rows = list(csv.DictReader((RESULTS / "speed.csv").open()))
+    names = list(dict.fromkeys(row["workload"] for row in rows))
+    colours = {"ours": "C0", "ours compiled": "C1", "CleanRL": "C2", "peer": "C3"}
+    for place, name in enumerate(names):
+        values = {}
+        for row in rows:
+            if row["workload"] == name and row["who"] != "environment":
+                values.setdefault(row["who"], []).append(float(row["sps"]))
+        slowest = min(statistics.median(v) for v in values.values())
+        for i, (who, v) in enumerate(values.items()):
+            ratio = statistics.median(v) / slowest
+            colour = colours.get(who, colours["peer"])
+            at = place + 0.2 * (i - (len(values) - 1) / 2)
+            bars.bar(at, ratio, 0.18, color=colour, label=who if place == 0 else None)
+            bars.text(at, ratio, f"{ratio:.1f}", ha="center", va="bottom", fontsize=7)
+    bars.set_xticks(range(len(names)), names)
+    bars.set(ylabel="training speed (slowest = 1)")
+    bars.legend(["ours", "ours compiled", "Stable-Baselines3 (contrib)", "CleanRL"], fontsize=8)
+    table = csv.DictReader((RESULTS / "many_envs.csv").open())
+    lines = {}
+    for row in table:
+        lines.setdefault(row["workload"], []).append((int(row["num_envs"]), int(row["sps"])))
+    for name, points in lines.items():
+        curve.plot(*zip(*points, strict=True), marker="o", label=name)
+    curve.set(xscale="log", yscale="log", xlabel="environments", ylabel="steps per second")
+    curve.legend(fontsize=8)
+    curve.grid(alpha=0.3)
+    plt.savefig(RESULTS / "speed.png", dpi=120)
 
 
 def main() -> None:
-    """Measure, write results/speed.csv and print medians and ratios."""
+    """Read the options and measure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cleanrl", type=Path, help="checkout of vwxyzjn/cleanrl; without: no run")
     parser.add_argument("--cleanrl-python", default=sys.executable, help="for MuJoCo's script")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--many-envs", action="store_true")
+    parser.add_argument("--whole-run", action="store_true")
+    parser.add_argument("--picture", action="store_true")
     options = parser.parse_args()
-    rows = []
-    for workload in options.workloads:
-        script, cleanrl, peer, model, steps = WORKLOADS[workload]
-        ours, *flags = script.split()
-        flags += ["--no-progress", "--total-timesteps", str(steps)]
-        for seed in range(1, options.repeats + 1):
-            commands = {
-                "ours": [sys.executable, str(ROOT / ours), *flags, "--seed", str(seed)],
-                peer: [sys.executable, "-c", PEER.format(steps=steps, seed=seed, model=model)],
-            }
-            if cleanrl and options.cleanrl:
-                python = options.cleanrl_python if workload == "halfcheetah" else sys.executable
-                file = str(options.cleanrl / "cleanrl" / cleanrl)
-                commands["CleanRL"] = [
-                    *(python, file, "--total-timesteps", str(steps)),
-                    *("--seed", str(seed)),
-                ]
-            for name, command in commands.items():
-                sps = round(measure(command))
-                rows.append({"workload": workload, "who": name, "seed": seed, "sps": sps})
-                print(*rows[-1].values(), flush=True)
-    table = HERE / "results" / "speed.csv"
-    before = list(csv.DictReader(table.open())) if table.exists() else []
-    before = [row for row in before if row["workload"] not in options.workloads]
-    with open(table, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(before + rows)
-    for workload in options.workloads:
-        mine = [row for row in rows if row["workload"] == workload]
-        medians = {
-            name: statistics.median(row["sps"] for row in mine if row["who"] == name)
-            for name in dict.fromkeys(row["who"] for row in mine)
-        }
-        for name, sps in medians.items():
-            ratio = medians["ours"] / sps
-            print(f"{workload}: {name} {sps:.0f} SPS, ours is {ratio:.2f} times that")
+    if options.picture:
+        draw()
+    elif options.many_envs:
+        measure_many(options)
+    elif options.whole_run:
+        measure_whole(options)
+    else:
+        measure(options)
 
 
 if __name__ == "__main__":
