@@ -780,28 +780,6 @@ def test_coefficients_reach_the_update(iterations: Callable) -> None:
         assert it.coefs == pytest.approx([1, 0.7, -0.03, 0.2, 0])
 
 
-# ---- speed
-
-
-def test_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Same actions, losses and gradients to 1e-5 (takes up to a minute)."""
-    compiled, compiler = [], torch.compile
-
-    def spy(function: Callable, **kwargs: Any) -> Callable:
-        compiled.append(function.__name__)
-        return compiler(function, **kwargs)
-
-    monkeypatch.setattr(torch, "compile", spy)
-    made = prepare(update_epochs=1, num_minibatches=1, max_grad_norm=None)
-    eager = learn(made)
-    assert not compiled
-    fast, again = learn(made, compile=True), prepare(compile=True)
-    assert compiled == ["loss_gradient"]
-    assert torch.equal(again.rollout.actions, made.rollout.actions)
-    assert fast.metrics == pytest.approx(eager.metrics, abs=1e-5)
-    torch.testing.assert_close(eager.gradient, fast.gradient, atol=1e-5, rtol=1e-4)
-
-
 # ---- together
 
 ENVS = ["--env-id CartPole-v1", "--env-id CartPole-v1 --vectorization native", "--env-id Noise-v0"]
