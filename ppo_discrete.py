@@ -24,6 +24,7 @@ import random
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
 import zipfile
@@ -35,6 +36,9 @@ from inspect import getsource
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C during the imports: no traceback
 
 import gymnasium as gym
 import numpy as np
@@ -297,18 +301,18 @@ class FireReset(gym.Wrapper):
         return obs, info
 
 
-INFOS = ("failure", "lives")  # what training reads beside observations and rewards
+INFOS = ("environment_failure", "lives")  # that training reads
 
 
 class Guard(gym.Wrapper):
-    """Turns an error of the environment into info["failure"], which ends the run."""
+    """Turns an error of the environment into info["environment_failure"], which ends the run."""
 
     def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
         """Observation and info, or zeros and the failure."""
         try:
             obs, info = self.env.reset(**kwargs)
             return self.checked(obs), info
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             return self.failed(error)
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
@@ -316,7 +320,7 @@ class Guard(gym.Wrapper):
         try:
             obs, reward, terminated, truncated, info = self.env.step(action)
             return self.checked(obs), float(reward), terminated, truncated, info
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             obs, info = self.failed(error)
             return obs, 0.0, False, False, info
 
@@ -326,12 +330,12 @@ class Guard(gym.Wrapper):
             raise ValueError(f"observation {obs.shape} in place of {self.observation_space.shape}")
         return obs
 
-    def failed(self, error: Exception) -> tuple[np.ndarray, dict]:
+    def failed(self, error: BaseException) -> tuple[np.ndarray, dict]:
         """Zeros for an observation, and what went wrong where."""
         place = traceback.extract_tb(error.__traceback__)[-1]
         why = f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
         space = self.observation_space
-        return np.zeros(space.shape, space.dtype), {"failure": why}
+        return np.zeros(space.shape, space.dtype), {"environment_failure": why}
 
 
 class OneHot(gym.ObservationWrapper):
@@ -461,14 +465,22 @@ def attempt(envs: VectorEnv, call: Callable, *args: Any, **kwargs: Any) -> tuple
             gone = multiprocessing.connection.wait([worker.sentinel for worker in workers], 5)
             numbers = [n for n, worker in enumerate(workers, first) if worker.sentinel in gone]
             message = f"the process of environment {numbers[0]} ended" if gone else message
+        raise EnvironmentFailure(message) from error
+    if "environment_failure" in result[-1]:
+        failures = result[-1]["environment_failure"]
+        n = np.flatnonzero(result[-1]["_environment_failure"])[0]
+        raise EnvironmentFailure(f"environment {first + n}: {failures[n]}")
+    return result
+
+
+def close(envs: VectorEnv, kill: bool) -> None:
+    """Close environments; `kill` their processes where some may be gone or busy."""
+    if kill and (workers := getattr(envs.unwrapped, "processes", ())):
         for worker in workers:
             worker.kill()
-        envs.unwrapped.closed = bool(workers)  # nothing is left that `close` could talk to
-        raise EnvironmentFailure(message) from error
-    if "failure" in result[-1]:
-        n = np.flatnonzero(result[-1]["_failure"])[0]
-        raise EnvironmentFailure(f"environment {first + n}: {result[-1]['failure'][n]}")
-    return result
+        envs.unwrapped.closed = True  # for nothing is left that could answer
+    with contextlib.suppress(Exception):
+        envs.close()
 
 
 # ---- statistics
@@ -487,6 +499,18 @@ def all_sum(values: Tensor) -> Tensor:
     if PROCESSES > 1:
         talk(distributed.all_reduce, values)
     return values
+
+
+def together(what: str, code: int, call: Callable, *args: Any) -> Any:
+    """Call it in all processes; if it fails in any, all end with this code and one line."""
+    result, why = None, []
+    try:
+        result = call(*args)
+    except (EnvironmentFailure, OSError) as error:
+        why.append(f"{what}{error}")
+    if failures := list(chain(*gather(why))):
+        fail(failures[0], code)
+    return result
 
 
 def join_processes(agent: nn.Module, seed: int) -> None:
@@ -1160,6 +1184,8 @@ CHECKPOINT = {"args", "step", "beta", "returns", "rng", "cuda_rng", "agent", "op
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Put the new checkpoint into the old one's place at once: a kill leaves one of them whole."""
+    if RANK > 0:
+        return
     content, new = io.BytesIO(), path.with_suffix(".tmp")
     torch.save(state, content)
     try:
@@ -1203,14 +1229,21 @@ def load_agent(flag: str, state: dict[str, Any], agent: Agent, args: Args) -> No
 # ---- train, evaluate
 
 
-def open_run(run_dir: Path, args: Args, step: int, mode: str) -> SummaryWriter:
-    """Make the directory of a run with its args.json, and the writer of its events."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        with open(run_dir / "args.json", mode) as file:
-            json.dump(vars(args), file, indent=2)
-    except OSError as error:
-        fail(f"--run-dir {args.run_dir}: {error}")
+def ignore_os_errors(error: Any) -> None:
+    """Leave a full disk, of which the writer's thread tells the main one, to the latter."""
+    if not issubclass(error.exc_type, OSError):
+        threading.__excepthook__(error)
+
+
+def open_run(run_dir: Path, args: Args, state: dict, step: int) -> SummaryWriter | None:
+    """Make the directory of a run with its args.json, and the first process's writer of events."""
+    if RANK > 0:
+        return None
+    own = bool(state) and args.run_dir == state["args"].run_dir
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with open(run_dir / "args.json", "w" if own else "x") as file:
+        json.dump(vars(args), file, indent=2)
+    threading.excepthook = ignore_os_errors
     writer = SummaryWriter(run_dir, purge_step=step + 1)
     log_hparams(writer, args)
     return writer
@@ -1259,12 +1292,8 @@ def train(
     if state and (args.kl_coef, args.kl_target) == (state["args"].kl_coef, state["args"].kl_target):
         beta = state["beta"]
     returns = deque(state.get("returns", ()), maxlen=100)
-    rollout = Rollout(args, agent, envs, seed)
-
-    run_dir, writer = Path(args.run_dir), None
-    if RANK == 0:
-        own = bool(state) and args.run_dir == state["args"].run_dir
-        writer = open_run(run_dir, args, step, "w" if own else "x")
+    rollout, run_dir = together("", 1, Rollout, args, agent, envs, seed), Path(args.run_dir)
+    writer = together(f"--run-dir {run_dir}: ", 2, open_run, run_dir, args, state, step)
 
     def save() -> None:
         cuda_rng = gather(torch.cuda.get_rng_state(device)) if device.type == "cuda" else []
@@ -1274,7 +1303,8 @@ def train(
         checkpoint |= {"returns": list(returns)}
         if writer:
             writer.flush()
-            save_checkpoint(run_dir / "checkpoint.pt", checkpoint)
+        path = run_dir / "checkpoint.pt"
+        together(f"cannot write to {run_dir}: ", 1, save_checkpoint, path, checkpoint)
 
     interrupted: list[int] = []
     signals: list[int] = []
@@ -1328,7 +1358,7 @@ def train(
         bar.update(batch_size)
         if args.kl_target is not None:
             dists = evaluate_rows(agent, batch.obs)[0]
-            kl = (agent.kl_divergence(batch.dists, dists) @ normalize(batch.weights)).item()
+            kl = all_sum(agent.kl_divergence(batch.dists, dists) @ normalize(batch.weights)).item()
             beta *= 2.0 if kl > 1.5 * args.kl_target else 0.5 if kl < args.kl_target / 1.5 else 1.0
             beta = min(max(beta, 1e-6), 1e6)
         if args.norm_obs and not agent.pixels:
@@ -1358,6 +1388,8 @@ def evaluate(args: Args, agent: Agent, envs: VectorEnv, seed: int, step: int) ->
         actions = agent.act(obs, noise)
         obs, reward, terminated, truncated, _ = attempt(envs, envs.step, agent.to_env(actions))
         obs = torch.as_tensor(obs, dtype=rollout.obs.dtype, device=rollout.obs.device)
+        if not np.isfinite(reward[0]) or not obs.isfinite().all():
+            raise EnvironmentFailure("a reward or observation of environment 0 is not finite")
         total += float(reward[0])
         if terminated[0] or truncated[0]:
             returns.append(total)
@@ -1386,6 +1418,7 @@ def open_envs(args: Args, num_envs: int, seed: int, video_dir: str | None = None
 
 def main() -> None:
     """Read and check the flags, make environments and agent, then train or evaluate."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     args, state, flag = parse_args(), {}, "resume"
     if args.resume and args.eval:
         fail("--resume and --eval: give one of them")
@@ -1434,25 +1467,27 @@ def main() -> None:
         fail(f"--run-dir {args.run_dir}: holds a run; --resume it or name another directory")
     videos = f"videos/from-{step}" if args.resume else "videos"
     video_dir = f"{args.run_dir}/{videos}" if args.capture_video and RANK == 0 else None
-    envs = open_envs(args, num_envs, seed, video_dir)
+    envs, done = open_envs(args, num_envs, seed, video_dir), False
     try:
         if args.eval:
             evaluate(args, agent, envs, seed, step)
-            return
-        if PROCESSES > 1:
-            join_processes(agent, seed)
-        train(args, agent, envs, seed, reference, state)
+        else:
+            if PROCESSES > 1:
+                join_processes(agent, seed)
+            train(args, agent, envs, seed, reference, state)
+        done = True
     except EnvironmentFailure as error:
         fail(error, 1, alone=True)
     except OSError as error:
         fail(f"cannot write to {args.run_dir}: {error}", 1, alone=True)
     finally:
-        envs.close()
+        close(envs, kill=not done)
         if distributed.is_initialized():
             distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except KeyboardInterrupt:
