@@ -530,7 +530,7 @@ def join_processes(agent: nn.Module, seed: int) -> None:
     device = agent.obs_norm.mean.device
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    talk(distributed.init_process_group, "nccl" if device.type == "cuda" else "gloo")
     for tensor in agent.state_dict().values():
         distributed.broadcast(tensor, 0)
     if RANK > 0:
@@ -1282,21 +1282,31 @@ def load_agent(flag: str, state: dict[str, Any], agent: Agent, args: Args) -> No
 # ---- train, evaluate
 
 
+def terminate(*_: Any) -> NoReturn:
+    """End the process as a Ctrl-C does, with the code of SIGTERM."""
+    raise KeyboardInterrupt(143)
+
+
 def ignore_os_errors(error: Any) -> None:
     """Leave a full disk, of which the writer's thread tells the main one, to the latter."""
     if not issubclass(error.exc_type, OSError):
         threading.__excepthook__(error)
 
 
-def open_run(run_dir: Path, args: Args, state: dict, step: int) -> SummaryWriter | None:
-    """Make the directory of a run with its args.json, and the first process's writer of events."""
+def open_run(run_dir: Path, args: Args, state: dict) -> None:
+    """Make the directory of a run with its args.json."""
     if RANK > 0:
-        return None
+        return
     own = bool(state) and args.run_dir == state["args"].run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
     with open(run_dir / "args.json", "w" if own else "x") as file:
         json.dump(vars(args), file, indent=2)
-    threading.excepthook = ignore_os_errors
+
+
+def open_writer(run_dir: Path, args: Args, step: int) -> SummaryWriter | None:
+    """The first process's writer of events after this step."""
+    if RANK > 0:
+        return None
     writer = SummaryWriter(run_dir, purge_step=step + 1)
     log_hparams(writer, args)
     return writer
@@ -1346,7 +1356,8 @@ def train(
         beta = state["beta"]
     returns = deque(state.get("returns", ()), maxlen=100)
     rollout, run_dir = together("", 1, Rollout, args, agent, envs, seed), Path(args.run_dir)
-    writer = together(f"--run-dir {run_dir}: ", 2, open_run, run_dir, args, state, step)
+    together(f"--run-dir {run_dir}: ", 2, open_run, run_dir, args, state)
+    writer = together(f"cannot write to {run_dir}: ", 1, open_writer, run_dir, args, step)
 
     def save() -> None:
         cuda_rng = gather(torch.cuda.get_rng_state(device)) if device.type == "cuda" else []
@@ -1397,7 +1408,7 @@ def train(
 
         step += batch_size
         scalars = describe(batch, rollout.values, metrics, agent.value_norm)
-        deviations = agent.deviation(batch.dists[batch.weights > 0]).mean(0).tolist()
+        deviations = all_sum(normalize(batch.weights) @ agent.deviation(batch.dists)).tolist()
         scalars |= {f"policy/std_{i}": std for i, std in enumerate(deviations)}
         for tag in METRICS:
             if not np.isfinite(scalars[tag]):
@@ -1485,7 +1496,8 @@ def open_envs(args: Args, num_envs: int, seed: int, video_dir: str | None = None
 
 def main() -> None:
     """Read and check the flags, make environments and agent, then train or evaluate."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, terminate)
+    threading.excepthook = ignore_os_errors
     args, state, flag = parse_args(), {}, "resume"
     if args.resume and args.eval:
         fail("--resume and --eval: give one of them")
@@ -1532,7 +1544,7 @@ def main() -> None:
         fail(f"--run-dir {args.run_dir}: only {' '.join(names)} may stand in braces")
     own = bool(state) and Path(args.run_dir).resolve() == Path(state["args"].run_dir).resolve()
     args.run_dir = state["args"].run_dir if own else args.run_dir
-    if RANK == 0 and not own and Path(args.run_dir, "args.json").exists():
+    if not own and Path(args.run_dir, "args.json").exists():
         fail(f"--run-dir {args.run_dir}: holds a run; --resume it or name another directory")
     videos = f"videos/from-{step}" if args.resume else "videos"
     video_dir = f"{args.run_dir}/{videos}" if args.capture_video and RANK == 0 else None
@@ -1559,5 +1571,5 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as stop:
+        raise SystemExit(*stop.args or (130,)) from None

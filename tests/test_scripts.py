@@ -26,7 +26,7 @@ EXTRA = {
     ("ppo_continuous.py", "train"): (
         "log_std = line(args.log_std_init, args.log_std_final, iteration, num_iterations)",
         "if args.std == 'fixed':\n    agent.log_std.data.fill_(log_std)",
-        "deviations = agent.deviation(batch.dists[batch.weights > 0]).mean(0).tolist()",
+        "deviations = all_sum(normalize(batch.weights) @ agent.deviation(batch.dists)).tolist()",
         "scalars |= {f'policy/std_{i}': std for i, std in enumerate(deviations)}",
     ),
     ("ppo_continuous.py", "main"): (

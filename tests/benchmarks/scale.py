@@ -2,10 +2,11 @@
 
     python tests/benchmarks/scale.py [--repeats 5] [--num-minibatches 32]
 
-HalfCheetah-v5, 8 environments x 2048 steps a rollout, 10 epochs, one thread a process, the same total work: one process steps all 8 environments, two step 4 each. Runs
-alternate; rates are those from the second iteration to the last. The share of communication is
-the time within collective calls, waiting for the other process included, over the time of the
-iterations. Every run is a row of results/scale.csv.
+HalfCheetah-v5, 8 environments x 2048 steps a rollout, 10 epochs, one thread a process, the same
+total work: one process steps all 8 environments, two step 4 each. Runs alternate; rates are those
+from the second iteration to the last. The share of communication is the time within collective
+calls, waiting for the other process included, over the time of the iterations. Every run is a row
+of results/scale.csv.
 """
 
 import argparse
