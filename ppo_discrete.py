@@ -518,7 +518,13 @@ def join_processes(agent: nn.Module, seed: int) -> None:
     device = agent.obs_norm.mean.device
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    talk(distributed.init_process_group, "nccl" if device.type == "cuda" else "gloo")
+    store = next(distributed.rendezvous("env://"))[
+        0
+    ]  # which may hold addresses of before a restart
+    store = distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    group = {"store": store, "rank": RANK, "world_size": PROCESSES}
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    talk(partial(distributed.init_process_group, backend, **group))
     for tensor in agent.state_dict().values():
         distributed.broadcast(tensor, 0)
     if RANK > 0:
