@@ -659,10 +659,9 @@ def join_processes(agent: nn.Module, seed: int) -> None:
     device = agent.obs_norm.mean.device
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    store = next(distributed.rendezvous("env://"))[
-        0
-    ]  # which may hold addresses of before a restart
-    store = distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store, *_ = next(distributed.rendezvous("env://"))
+    store = distributed.PrefixStore(restart, store)  # it holds what came before a restart
     group = {"store": store, "rank": RANK, "world_size": PROCESSES}
     backend = "nccl" if device.type == "cuda" else "gloo"
     talk(partial(distributed.init_process_group, backend, **group))

@@ -143,11 +143,11 @@ for t in range(steps):
 print("SPS:", steps * args.num_envs / (time.perf_counter() - start))
 """
 CLEANRL = """
-import runpy, sys, gymnasium
-if hasattr(gymnasium, "register_envs"):
-    import ale_py
-    gymnasium.register_envs(ale_py)
+import runpy, sys
 sys.argv = {argv!r}
+if "atari" in sys.argv[0]:
+    import ale_py, gymnasium
+    gymnasium.register_envs(ale_py)
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
@@ -205,9 +205,8 @@ def commands(name: str, seed: int, options: argparse.Namespace) -> dict[str, lis
 
 def measure(options: argparse.Namespace) -> None:
     """All workloads that were asked for, into the tables; prints medians and their ratios."""
-    rows, parts = [], []
     for name in options.workloads:
-        threads = WORKLOADS[name][-1]
+        rows, parts, threads = [], [], WORKLOADS[name][-1]
         for seed in range(1, options.repeats + 1):
             for who, command in commands(name, seed, options).items():
                 text, megabytes, _ = run(command, threads, options.cleanrl or ROOT)
@@ -217,22 +216,27 @@ def measure(options: argparse.Namespace) -> None:
                 for part, ms in re.findall(r"^part (\w+) ([\d.]+)", text, re.MULTILINE):
                     split = {"workload": name, "who": who, "seed": seed, "part": part}
                     parts.append(split | {"milliseconds": round(float(ms), 3)})
-    store("speed.csv", rows, options.workloads)
-    store("split.csv", parts, options.workloads)
-    for name in options.workloads:
-        mine = [row for row in rows if row["workload"] == name]
-        median = {
-            (who, column): statistics.median(row[column] for row in mine if row["who"] == who)
-            for who in dict.fromkeys(row["who"] for row in mine)
+        store("speed.csv", rows, [name])
+        store("split.csv", parts, [name])
+        report(name, rows)
+
+
+def report(name: str, rows: list[dict]) -> None:
+    """Medians of a workload, and their ratios."""
+    medians = {
+        who: [
+            statistics.median(row[column] for row in rows if row["who"] == who)
             for column in ("sps", "megabytes")
-        }
-        for who in dict.fromkeys(row["who"] for row in mine):
-            speed, memory = median[who, "sps"], median[who, "megabytes"]
-            eager, fast = (median[x, "sps"] / speed for x in ("ours", "ours compiled"))
-            print(
-                f"{name}: {who} {speed:.0f} SPS, {memory:.0f} MB; "
-                f"ours {eager:.2f} x, compiled {fast:.2f} x"
-            )
+        ]
+        for who in dict.fromkeys(row["who"] for row in rows)
+    }
+    for who, (speed, memory) in medians.items():
+        eager, fast = (medians[x][0] / speed for x in ("ours", "ours compiled"))
+        print(
+            f"{name}: {who} {speed:.0f} SPS, {memory:.0f} MB; "
+            f"ours {eager:.2f} x, compiled {fast:.2f} x",
+            flush=True,
+        )
 
 
 def store(name: str, rows: list[dict], workloads: list[str]) -> None:
