@@ -750,14 +750,17 @@ def test_signal_while_environments_are_made(
     assert not Path("r").exists()
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+ENDS = [signal.SIGINT, signal.SIGTERM]
+
+
+@pytest.mark.parametrize("signum", ENDS)
 @pytest.mark.parametrize("library", ["libtorch_cpu", "multiarray"])
 def test_signal_while_packages_are_imported(tmp_path: Path, library: str, signum: int) -> None:
     """Half a second after the start; of a whole process."""
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "ppo_discrete.py"), "--run-dir", "r"],
         cwd=tmp_path,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: [signal.signal(each, signal.SIG_DFL) for each in ENDS],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
