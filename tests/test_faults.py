@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
-from conftest import ROOT, read_scalars
+from conftest import ROOT, alive, read_scalars
 from tensorboard.summary.writer import event_file_writer
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import FileWriter
@@ -195,15 +195,6 @@ def wait_until(happened: Callable[[], Any], seconds: float = 60) -> None:
     while not happened():
         assert time.monotonic() < end, "it does not happen"
         time.sleep(0.002)
-
-
-def alive(group: int) -> bool:
-    """Whether a process of the group is left."""
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def complain(err: str) -> str:

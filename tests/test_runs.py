@@ -19,7 +19,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, read_scalars
+from conftest import ROOT, alive, read_scalars
 from gymnasium.envs.classic_control import CartPoleEnv
 from tensorboard.summary.writer import event_file_writer
 
@@ -740,15 +740,6 @@ def test_signal(
     flags = "--vectorization sync --env-kwargs {} --no-progress"
     train(f"--resume r {flags} --total-timesteps {step + 2 * STEPS}")
     assert len(curve("losses/policy_loss")) == step // STEPS + 2
-
-
-def alive(group: int) -> bool:
-    """Whether a process of the group is left."""
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 # ---- evaluation
