@@ -518,6 +518,8 @@ def join_processes(agent: nn.Module, seed: int) -> None:
     device = agent.obs_norm.mean.device
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    waiting = (signal.SIGINT, signal.SIGTERM)  # which would wait until the others have come
+    handlers = [signal.signal(signum, signal.SIG_DFL) for signum in waiting]
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store, *_ = next(distributed.rendezvous("env://"))
     store = distributed.PrefixStore(restart, store)  # it holds what came before a restart
@@ -525,7 +527,9 @@ def join_processes(agent: nn.Module, seed: int) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     talk(partial(distributed.init_process_group, backend, **group))
     for tensor in agent.state_dict().values():
-        distributed.broadcast(tensor, 0)
+        talk(distributed.broadcast, tensor, 0)
+    for signum, handler in zip(waiting, handlers, strict=True):
+        signal.signal(signum, handler)
     if RANK > 0:
         torch.manual_seed(seed)
 

@@ -702,6 +702,34 @@ def test_signal_to_torchrun(tmp_path: Path, signum: int) -> None:
     check_curves(tmp_path, state["step"] // STEPS)
 
 
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_signal_before_all_are_there(tmp_path: Path, signum: int) -> None:
+    """A process that waits for another one ends at once, and has written nothing."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = free.getsockname()
+    world = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": address[0]}
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "ppo_discrete.py"), *RUN.split()],
+        cwd=tmp_path,
+        env=os.environ | world | {"MASTER_PORT": str(address[1])},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        with socket.socket() as other:
+            while other.connect_ex(address) and process.poll() is None:
+                time.sleep(0.1)
+            time.sleep(1)
+            process.send_signal(signum)
+            _, err = process.communicate(timeout=10)
+    finally:
+        process.kill()
+    assert process.returncode in (-signum, 128 + signum)
+    assert "Traceback" not in err
+    assert not (tmp_path / "r").exists()
+
+
 @pytest.mark.parametrize("number", [0, 3])
 @pytest.mark.parametrize("fault", ["step", "nan", "inf", "reset"])
 def test_failing_environment(launch: Callable, fault: str, number: int) -> None:
