@@ -501,6 +501,14 @@ def all_sum(values: Tensor) -> Tensor:
     return values
 
 
+def gather(value: Any) -> list[Any]:
+    """Every process's value, in the order of their ranks."""
+    values = [value] * PROCESSES
+    if PROCESSES > 1:
+        talk(distributed.all_gather_object, values, value)
+    return values
+
+
 def together(what: str, code: int, call: Callable, *args: Any) -> Any:
     """Call it in all processes; if it fails in any, all end with this code and one line."""
     result, why = None, []
@@ -532,14 +540,6 @@ def join_processes(agent: nn.Module, seed: int) -> None:
         signal.signal(signum, handler)
     if RANK > 0:
         torch.manual_seed(seed)
-
-
-def gather(value: Any) -> list[Any]:
-    """Every process's value, in the order of their ranks."""
-    values = [value] * PROCESSES
-    if PROCESSES > 1:
-        talk(distributed.all_gather_object, values, value)
-    return values
 
 
 class RunningMeanStd(nn.Module):
@@ -705,6 +705,7 @@ class Rollout:
         device, action = agent.obs_norm.mean.device, agent.action_dtype
         self.obs = torch.zeros(rows, n, *space.shape, dtype=dtype, device=device)
         self.actions = torch.zeros(steps, n, *agent.action_shape, dtype=action, device=device)
+        # views of a step's observations, the next ones and the actions
         self.rows = list(zip(self.obs[:-1], self.obs[1:], self.actions, strict=True))
         self.rewards, self.lives = np.zeros((steps, n)), np.zeros((rows, n), np.int64)
         self.terminated, self.truncated = np.zeros((2, steps, n), bool)
@@ -928,9 +929,14 @@ def value_loss(values: Tensor, targets: Tensor, huber: bool) -> Tensor:
     return F.huber_loss(values, targets, reduction="none", delta=delta)
 
 
+def value_clip(args: Args) -> float | None:
+    """How far the value may move from the old one."""
+    return args.clip_coef if args.vclip_coef is None else args.vclip_coef
+
+
 def clip_values(values: Tensor, batch: Batch, args: Args) -> Tensor:
     """Values [M], clipped around the old ones where that makes the larger error (PPO2's clip)."""
-    clip = args.clip_coef if args.vclip_coef is None else args.vclip_coef
+    clip = value_clip(args)
     if not args.clip_vloss or clip is None:
         return values
     near = values.detach().clamp(batch.values - clip, batch.values + clip)
@@ -985,7 +991,7 @@ def measure(agent: Agent, batch: Batch, dists: Tensor, values: Tensor, args: Arg
     """
     logratio = agent.log_prob(dists, batch.actions) - batch.logprobs
     ratio, huber = logratio.exp(), args.value_loss == "huber"
-    vclip = args.clip_coef if args.vclip_coef is None else args.vclip_coef
+    vclip = value_clip(args)
     kl, ref = agent.kl_divergence(batch.dists, dists), torch.zeros_like(ratio)
     if args.ref_checkpoint:
         ref = agent.kl_divergence(dists, batch.ref_dists)
@@ -1326,8 +1332,8 @@ def train(
         path = run_dir / "checkpoint.pt"
         together(f"cannot write to {run_dir}: ", 1, save_checkpoint, path, checkpoint)
 
-    interrupted: list[int] = []
-    signals: list[int] = []
+    interrupted: list[int] = []  # by these signals, this process
+    signals: list[int] = []  # those of all processes
 
     def interrupt(signum: int, _: Any) -> None:
         interrupted.append(signum)

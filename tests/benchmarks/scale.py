@@ -23,7 +23,7 @@ CODE = """
 import sys, time
 sys.path.insert(0, {root!r})
 import ppo_continuous as script
-talk, gather, log, collect = script.talk, script.gather, script.log, script.collect
+talk, log = script.talk, script.log
 spent, logged = [0.0, 0], []
 def timed(function):
     def call(*args):
