@@ -945,7 +945,7 @@ def clip_values(values: Tensor, batch: Batch, args: Args) -> Tensor:
 
 
 def ppo_loss(
-    agent: Agent, batch: Batch, coefs: Tensor, args: Args
+    agent: Agent, batch: Batch, coefs: Tensor | list[float], args: Args
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Loss [] of a minibatch, and the distributions [M, D] and critic's outputs [M] behind it.
 
@@ -1014,7 +1014,8 @@ def measure(agent: Agent, batch: Batch, dists: Tensor, values: Tensor, args: Arg
 @cache
 def compiled(function: Callable) -> Callable:
     """The function as one graph of C++ code, made at its first call."""
-    return torch.compile(function, options={"cpp_wrapper": True})
+    options = {"cpp_wrapper": True, "cpp.use_decompose_tanh": True}
+    return torch.compile(function, options=options)
 
 
 def clip_norm(gradient: Tensor, limit: float | None) -> Tensor:
@@ -1035,6 +1036,9 @@ def parameters_of(agent: Agent) -> tuple[list[nn.Parameter], list[nn.Parameter]]
     return actor, [p for name, p in named if name.startswith("critic.")]
 
 
+ADAM = dict(beta1=0.9, beta2=0.999, weight_decay=0.0, amsgrad=False, maximize=False)
+
+
 class Adam:
     """Adam (Kingma and Ba 2015, section 2) on one vector of P weights that all parameters share.
 
@@ -1050,33 +1054,36 @@ class Adam:
         for parameter, part in zip(self.parameters, parts, strict=True):
             parameter.data = part.view_as(parameter)
         self.average, self.square = torch.zeros_like(self.weights), torch.zeros_like(self.weights)
+        self.flat = (self.weights, self.average, self.square)
+        sizes = [sum(p.numel() for p in group) for group in groups]
         self.param_groups = [
             {
-                "size": sum(p.numel() for p in group),
+                "flat": flat,
                 "lr": args.learning_rate,
                 "eps": args.adam_eps if eps is None else eps,
                 "step": 0,
             }
-            for group, eps in zip(groups, (args.actor_adam_eps, args.critic_adam_eps), strict=True)
+            for eps, *flat in zip(
+                (args.actor_adam_eps, args.critic_adam_eps),
+                *(vector.split(sizes) for vector in self.flat),
+                strict=True,
+            )
         ]
 
     def step(self, gradient: Tensor) -> None:
         """Move the weights by their gradient [P], or the critic's alone by theirs."""
-        start = len(self.weights) - len(gradient)
-        groups = self.param_groups[1 if start else 0 :]
-        average, square = self.average[start:], self.square[start:]
-        average.lerp_(gradient, 1 - 0.9)
-        square.lerp_(gradient.square(), 1 - 0.999)
+        groups = self.param_groups[len(gradient) < len(self.weights) :]
         for group in groups:
             group["step"] += 1
-        sizes = [group["size"] for group in groups]
-        if len({(group["lr"], group["eps"], group["step"]) for group in groups}) == 1:
-            groups, sizes = groups[:1], [sum(sizes)]
-        rows = (x.split(sizes) for x in (self.weights[start:], average, square.sqrt()))
-        for group, weights, mean, root in zip(groups, *rows, strict=True):
-            bias, root_bias = 1 - 0.9 ** group["step"], (1 - 0.999 ** group["step"]) ** 0.5
-            rate = group["lr"] * root_bias / bias
-            weights.addcdiv_(mean, root.add_(group["eps"] * root_bias), value=-rate)
+        first, last = groups[0], groups[-1]
+        if first is not last and all(first[key] == last[key] for key in ("lr", "eps", "step")):
+            groups = [first | {"flat": self.flat}]
+        parts = gradient.split([len(group["flat"][0]) for group in groups])
+        for group, part in zip(groups, parts, strict=True):
+            weights, average, square = group["flat"]
+            vectors = [weights], [part], [average], [square], []
+            step = [part.new_full((), group["step"])]
+            torch._fused_adam_(*vectors, step, lr=group["lr"], eps=group["eps"], **ADAM)
 
     def state_dict(self) -> dict[str, Any]:
         """Moments and the groups' numbers of steps."""
@@ -1111,7 +1118,7 @@ def update(
     rollout: Rollout,
     batch: Batch,
     args: Args,
-    coefs: Tensor,
+    coefs: list[float],
     warmup: bool,
 ) -> Tensor:
     """Epochs of minibatches; in a warm-up and in the critic's own epochs the policy stands still.
@@ -1119,7 +1126,11 @@ def update(
     Returns METRICS, means over all minibatches. Nothing is read back but the KL for `target_kl`.
     """
     gradient_of = compiled(loss_gradient) if args.compile else loss_gradient
-    critic_coefs = coefs * torch.eye(len(coefs), device=coefs.device)[1]
+    critic_coefs = [0.0, coefs[1], 0.0, 0.0, 0.0]
+    if args.compile:  # to which another number would be another graph
+        coefs, critic_coefs = (
+            torch.as_tensor(x, device=batch.weights.device) for x in (coefs, critic_coefs)
+        )
     parameters, (_, critic) = optimizer.parameters, parameters_of(agent)
     norms, history, shape, stopped = [], [], (args.num_minibatches, -1), False
     for epoch, alone in enumerate([warmup] * args.update_epochs + [True] * args.critic_epochs):
@@ -1349,7 +1360,7 @@ def train(
     left = (args.total_timesteps - step) // batch_size
     for iteration in range(num_iterations - left, num_iterations):
         ent_coef = schedule(optimizer, args, iteration, num_iterations)
-        coefs = torch.tensor([1.0, args.vf_coef, -ent_coef, beta, args.ref_kl_coef], device=device)
+        coefs = [1.0, args.vf_coef, -ent_coef, beta, args.ref_kl_coef]
 
         collect(agent, envs, rollout, interrupted)
         broken = find_broken(rollout, step)

@@ -94,7 +94,7 @@ def learn(made: SimpleNamespace, warmup: bool = False, **flags: Any) -> SimpleNa
 
     def spy(agent: ppo.Agent, minibatch: ppo.Batch, coefs: Tensor, args: ppo.Args) -> tuple:
         state = copy.deepcopy(agent.state_dict())
-        calls.append(SimpleNamespace(minibatch=minibatch, coefs=coefs.tolist(), state=state))
+        calls.append(SimpleNamespace(minibatch=minibatch, coefs=[*coefs], state=state))
         return loss(agent, minibatch, coefs, args)
 
     torch.manual_seed(5)
@@ -116,9 +116,9 @@ def learn(made: SimpleNamespace, warmup: bool = False, **flags: Any) -> SimpleNa
 
 
 def parts_that_differ(a: nn.Module, b: nn.Module) -> set[str]:
-    """Which of trunk, actor and critic hold different parameters."""
+    """Which of trunk, actor and critic hold parameters that differ by more than rounding."""
     pairs = zip(a.named_parameters(), b.named_parameters(), strict=True)
-    return {name.split(".")[0] for (name, x), (_, y) in pairs if not torch.equal(x, y)}
+    return {name.split(".")[0] for (name, x), (_, y) in pairs if not torch.allclose(x, y, 0, 2e-7)}
 
 
 def loss_of(made: SimpleNamespace, **flags: Any) -> SimpleNamespace:
@@ -149,7 +149,7 @@ def iterations(main: Callable, monkeypatch: pytest.MonkeyPatch) -> Callable:
             groups = [{k: group[k] for k in ("lr", "eps")} for group in optimizer.param_groups]
             _, batch, _, coefs, warmup = rest
             seen.append(
-                SimpleNamespace(groups=groups, batch=batch, coefs=coefs.tolist(), warmup=warmup)
+                SimpleNamespace(groups=groups, batch=batch, coefs=[*coefs], warmup=warmup)
             )
             return update(agent, optimizer, *rest)
 
@@ -731,7 +731,7 @@ def test_groups_of_the_optimiser(shared: bool) -> None:
     agent = ppo.Agent(ppo.Args(shared_network=shared), BOX, TWO)
     before = {name: p.clone() for name, p in agent.named_parameters()}
     optimizer = ppo.Adam(agent, ppo.Args())
-    flats = optimizer.weights.split([group["size"] for group in optimizer.param_groups])
+    flats = [group["flat"][0] for group in optimizer.param_groups]
     for flat, parts in zip(flats, ("trunk actor", "critic"), strict=True):
         own = [name for name, _ in agent.named_parameters() if name.split(".")[0] in parts]
         assert torch.equal(flat, torch.cat([before[name].flatten() for name in own]))

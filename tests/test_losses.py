@@ -565,7 +565,7 @@ def updates(main: Callable, monkeypatch: pytest.MonkeyPatch) -> Callable:
             agent, coefs = args[0], args[5]
             batch = ppo.Batch(*(rows.clone() for rows in args[3]))  # the next rollout overwrites it
             old, new = Categorical(logits=batch.dists), Categorical(logits=agent(batch.obs)[0])
-            seen.append((coefs.tolist(), batch, torch_kl(old, new).mean().item()))
+            seen.append(([*coefs], batch, torch_kl(old, new).mean().item()))
             return metrics
 
         monkeypatch.setattr(ppo, "update", spy)

@@ -479,7 +479,7 @@ def test_learning_rates(anneal: bool, main: Callable, monkeypatch: pytest.Monkey
 
     def spy(agent: ppo.Agent, optimizer: ppo.Adam, *rest: Any) -> Tensor:
         groups.append([(group["lr"], group["eps"]) for group in optimizer.param_groups])
-        sizes = [group["size"] for group in optimizer.param_groups]
+        sizes = [len(group["flat"][0]) for group in optimizer.param_groups]
         parts = (agent.actor, agent.critic)
         assert sizes == [sum(p.numel() for p in part.parameters()) for part in parts]
         return update(agent, optimizer, *rest)
@@ -500,7 +500,7 @@ def test_optimizer_holds_every_parameter_once() -> None:
     for shared in (True, False):
         agent = make_agent(ppo.Args(shared_network=shared))
         optimizer = ppo.Adam(agent, ppo.Args())
-        flats = optimizer.weights.split([group["size"] for group in optimizer.param_groups])
+        flats = [group["flat"][0] for group in optimizer.param_groups]
         policy = [*agent.trunk.parameters(), *agent.actor.parameters()]
         for flat, parts in zip(flats, (policy, list(agent.critic.parameters())), strict=True):
             memory = sorted((p.data_ptr(), p.numel()) for p in parts)

@@ -376,7 +376,7 @@ def test_schedules(
 
     def spy(*args: Any) -> torch.Tensor:
         rates = [group["lr"] for group in args[1].param_groups]
-        got.append([*rates, -args[5][2].item()])
+        got.append([*rates, -args[5][2]])
         return update(*args)
 
     monkeypatch.setattr(ppo, "update", spy)
