@@ -548,6 +548,9 @@ def join_processes(agent: nn.Module, seed: int) -> None:
     talk(partial(distributed.init_process_group, backend, **group))
     for tensor in agent.state_dict().values():
         talk(distributed.broadcast, tensor, 0)
+    for name in Path("/proc/self/task").glob("*/comm"):  # gloo's thread spins when others are early
+        if name.read_text() == "gloo_tcp_loop\n":  # and must not keep this process from its work
+            os.sched_setscheduler(int(name.parent.name), os.SCHED_IDLE, os.sched_param(0))
     for signum, handler in zip(waiting, handlers, strict=True):
         signal.signal(signum, handler)
     if RANK > 0:
@@ -955,10 +958,11 @@ def normalize(weights: Tensor) -> Tensor:
 
 def standardize(advantages: Tensor, weights: Tensor) -> Tensor:
     """Advantages [..., M] less their mean, over their deviation, of all rows of weight > 0."""
-    weights, count = normalize(weights), all_sum((weights > 0).sum(-1, keepdim=True))
-    centred = advantages - all_sum((weights * advantages).sum(-1, keepdim=True))
-    variance = all_sum((weights * centred.square()).sum(-1, keepdim=True))
-    variance = variance * count / (count - 1).clamp(min=1)
+    steps = (weights > 0).to(advantages.dtype)
+    sums = torch.stack((steps, steps * advantages)).sum(-1, keepdim=True)
+    count, total = all_sum(sums)
+    centred = advantages - total / count.clamp(min=1)
+    variance = all_sum((steps * centred.square()).sum(-1, keepdim=True)) / (count - 1).clamp(min=1)
     return centred / (variance.sqrt() + 1e-8)
 
 
@@ -1208,10 +1212,11 @@ def update(
             seen.append(outputs)
             optimizer.step(gradient)
         dists, values = map(torch.stack, zip(*seen, strict=True))
-        history.append(all_sum(measure(agent, epoch_rows, dists, values, args)))
+        history.append(measure(agent, epoch_rows, dists, values, args))
         if args.target_kl is not None and not alone:
-            stopped = bool(history[-1][METRICS.index("losses/approx_kl")] > args.target_kl)
-    return torch.cat((torch.stack(history).mean(0), torch.stack(norms).mean(0, True)))
+            kl = all_sum(history[-1][METRICS.index("losses/approx_kl")].clone())
+            stopped = bool(kl > args.target_kl)
+    return torch.cat((all_sum(torch.stack(history).mean(0)), torch.stack(norms).mean(0, True)))
 
 
 # ---- logging
