@@ -345,13 +345,14 @@ class OneHot(gym.ObservationWrapper):
         super().__init__(env)
         space = env.observation_space
         self.observation_space = spaces.flatten_space(space)
-        sizes = np.ravel(space.n if isinstance(space, spaces.Discrete) else space.nvec)
-        self.places = np.cumsum(sizes) - sizes - np.ravel(space.start)
+        sizes = np.asarray(space.n if isinstance(space, spaces.Discrete) else space.nvec)
+        self.places = (sizes.cumsum() - sizes.ravel()).reshape(sizes.shape) - space.start
+        self.zeros = np.zeros(self.observation_space.shape, self.observation_space.dtype)
 
     def observation(self, obs: Any) -> np.ndarray:
         """Zeros, but for a one for each number."""
-        row = np.zeros(self.observation_space.shape, self.observation_space.dtype)
-        row[self.places + np.ravel(obs)] = 1
+        row = self.zeros.copy()
+        row[self.places + obs] = 1
         return row
 
 
@@ -414,7 +415,7 @@ class SyncEnvs(SyncVectorEnv):
 
     def step(self, actions: np.ndarray) -> tuple:
         """Arrays that the next step writes over, and infos of INFOS alone."""
-        infos = {}
+        infos, given = {}, []
         for n, (env, action) in enumerate(zip(self.envs, actions, strict=True)):
             obs, self.rewards[n], terminated, truncated, info = env.step(action)
             self.terminated[n], self.truncated[n] = terminated, truncated
@@ -422,8 +423,15 @@ class SyncEnvs(SyncVectorEnv):
                 infos = self._add_info(infos, {"final_obs": np.array(obs)}, n)
                 obs, info = env.reset()
             self.obs[n] = obs
-            if info and (kept := {key: info[key] for key in INFOS if key in info}):
-                infos = self._add_info(infos, kept, n)
+            given.append(info)
+        for key in INFOS if any(given) else ():
+            if all(key in info for info in given):
+                infos[key] = np.array([info[key] for info in given])
+                infos[f"_{key}"] = np.ones(self.num_envs, bool)
+                continue
+            for n, info in enumerate(given):
+                if key in info:
+                    infos = self._add_info(infos, {key: info[key]}, n)
         return self.obs, self.rewards, self.terminated, self.truncated, infos
 
 
