@@ -18,6 +18,7 @@ F of them.
 """
 
 import contextlib
+import gc
 import importlib
 import io
 import json
@@ -1151,8 +1152,7 @@ def normalize(weights: Tensor) -> Tensor:
 def standardize(advantages: Tensor, weights: Tensor) -> Tensor:
     """Advantages [..., M] less their mean, over their deviation, of all rows of weight > 0."""
     steps = (weights > 0).to(advantages.dtype)
-    sums = torch.stack((steps, steps * advantages)).sum(-1, keepdim=True)
-    count, total = all_sum(sums)
+    count, total = all_sum(torch.stack((steps, steps * advantages)).sum(-1, keepdim=True))
     centred = advantages - total / count.clamp(min=1)
     variance = all_sum((steps * centred.square()).sum(-1, keepdim=True)) / (count - 1).clamp(min=1)
     return centred / (variance.sqrt() + 1e-8)
@@ -1297,7 +1297,7 @@ class Adam:
 
     def __init__(self, agent: Agent, args: Args) -> None:
         groups = parameters_of(agent)
-        self.parameters = [parameter for group in groups for parameter in group]
+        self.parameters, self.critic = [p for group in groups for p in group], groups[1]
         self.weights = torch.cat([p.detach().flatten() for p in self.parameters])
         parts = self.weights.split([p.numel() for p in self.parameters])
         for parameter, part in zip(self.parameters, parts, strict=True):
@@ -1374,13 +1374,13 @@ def update(
 
     Returns METRICS, means over all minibatches. Nothing is read back but the KL for `target_kl`.
     """
-    gradient_of = compiled(loss_gradient) if args.compile else loss_gradient
+    gradient_of, metrics_of = loss_gradient, measure
     critic_coefs = [0.0, coefs[1], 0.0, 0.0, 0.0]
-    if args.compile:  # to which another number would be another graph
+    if args.compile:  # with tensors, for another number would be another graph
+        gradient_of, metrics_of = compiled(loss_gradient), compiled(measure)
         coefs, critic_coefs = (
             torch.as_tensor(x, device=batch.weights.device) for x in (coefs, critic_coefs)
         )
-    parameters, (_, critic) = optimizer.parameters, parameters_of(agent)
     norms, history, shape, stopped = [], [], (args.num_minibatches, -1), False
     for epoch, alone in enumerate([warmup] * args.update_epochs + [True] * args.critic_epochs):
         if stopped and not alone:
@@ -1390,13 +1390,14 @@ def update(
             targets = agent.value_norm.normalize(targets)
             batch = batch._replace(advantages=advantages, targets=targets)
         order = torch.randperm(len(batch.obs), device=batch.obs.device)
-        epoch_rows = Batch(*(rows[order].unflatten(0, shape) for rows in batch))
+        epoch_rows = Batch(*(rows.index_select(0, order).unflatten(0, shape) for rows in batch))
         advantages, weights = epoch_rows.advantages, epoch_rows.weights
         if args.norm_adv:
             scope = shape if args.norm_adv_scope == "minibatch" else (1, -1)
             advantages = standardize(advantages.view(scope), weights.view(scope)).view(shape)
         epoch_rows = epoch_rows._replace(advantages=advantages, weights=normalize(weights))
-        trained, weights = (critic, critic_coefs) if alone else (parameters, coefs)
+        trained = optimizer.critic if alone else optimizer.parameters
+        weights = critic_coefs if alone else coefs
         seen = []
         for minibatch in map(Batch._make, zip(*epoch_rows, strict=True)):
             gradient, outputs = gradient_of(agent, trained, minibatch, weights, args)
@@ -1404,7 +1405,7 @@ def update(
             seen.append(outputs)
             optimizer.step(gradient)
         dists, values = map(torch.stack, zip(*seen, strict=True))
-        history.append(measure(agent, epoch_rows, dists, values, args))
+        history.append(metrics_of(agent, epoch_rows, dists, values, args))
         if args.target_kl is not None and not alone:
             kl = all_sum(history[-1][METRICS.index("losses/approx_kl")].clone())
             stopped = bool(kl > args.target_kl)
@@ -1651,6 +1652,8 @@ def train(
             beta = min(max(beta, 1e-6), 1e6)
         if args.norm_obs and not agent.pixels:
             agent.obs_norm.advance(batch.obs[batch.weights > 0])
+        if step == first_step + batch_size:
+            gc.freeze()  # what imports and compiling made, no later collection need look through
         if args.checkpoint_every and (iteration + 1) % args.checkpoint_every == 0:
             save()
 
