@@ -84,6 +84,13 @@ def become(rank: int, port: int, job: dict[str, Any]) -> None:
     os._exit(code)
 
 
+def gloo_threads() -> list[int]:
+    """Scheduling of the threads by which gloo listens."""
+    names = Path("/proc/self/task").glob("*/comm")
+    threads = [int(name.parent.name) for name in names if "gloo_tcp" in name.read_text()]
+    return [os.sched_getscheduler(thread) for thread in threads]
+
+
 def run_main(ppo: ModuleType, job: dict[str, Any], seen: list) -> int:
     """Run the script with the job's flags; what the first update finds is seen.
 
@@ -99,7 +106,7 @@ def run_main(ppo: ModuleType, job: dict[str, Any], seen: list) -> int:
         updates.append(None)
         if not seen:
             weights = {name: value.clone() for name, value in agent.state_dict().items()}
-            seen.append({"agent": weights, "noise": noise[0].clone()})
+            seen.append({"agent": weights, "noise": noise[0].clone(), "gloo": gloo_threads()})
         if len(updates) == 4 and job.get("target") == ppo.RANK:
             signal.raise_signal(job["signum"])
             signal.raise_signal(job["signum"])  # as torchrun may
@@ -267,7 +274,7 @@ def play(ppo: ModuleType, job: dict[str, Any], seen: list) -> int:
         return loss(agent, batch, *args)
 
     def spy_update(
-        agent: Any, optimizer: Any, rollout: Any, batch: Any, args: Any, coefs: Tensor, *rest: Any
+        agent: Any, optimizer: Any, rollout: Any, batch: Any, args: Any, coefs: list, *rest: Any
     ) -> Tensor:
         epochs = iter(range(100 * len(seen), 100 * len(seen) + 100))
         torch.randperm = lambda n, device: matched_order(
@@ -278,7 +285,7 @@ def play(ppo: ModuleType, job: dict[str, Any], seen: list) -> int:
         seen.append(
             {
                 "metrics": dict(zip(ppo.METRICS, metrics.tolist(), strict=True)),
-                "beta": coefs[3].item(),
+                "beta": coefs[3],
                 "steps": [group["step"] for group in optimizer.param_groups],
                 "kl": [kl for _, kl in rounds],
                 "weights": [weight for weight, _ in rounds],
@@ -560,6 +567,8 @@ def test_start(launch: Callable) -> None:
     assert len(values.unique()) == len(values)
     assert [bool(out) for out in two.out] == [True, False]
     assert two.err == ["", ""]
+    if sys.platform == "linux":  # where they would spin on a core that the others need
+        assert first["gloo"] == second["gloo"] == [os.SCHED_IDLE]
 
 
 @pytest.mark.parametrize("before, after", [(2, 1), (2, 4), (1, 2)])
