@@ -148,9 +148,7 @@ def iterations(main: Callable, monkeypatch: pytest.MonkeyPatch) -> Callable:
         def spy(agent: ppo.Agent, optimizer: ppo.Adam, *rest: Any) -> Tensor:
             groups = [{k: group[k] for k in ("lr", "eps")} for group in optimizer.param_groups]
             _, batch, _, coefs, warmup = rest
-            seen.append(
-                SimpleNamespace(groups=groups, batch=batch, coefs=[*coefs], warmup=warmup)
-            )
+            seen.append(SimpleNamespace(groups=groups, batch=batch, coefs=[*coefs], warmup=warmup))
             return update(agent, optimizer, *rest)
 
         monkeypatch.setattr(ppo, "update", spy)
