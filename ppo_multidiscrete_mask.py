@@ -769,6 +769,10 @@ class Agent(nn.Module):
         self.start, self.space_shape = np.ravel(action_space.start), action_space.shape
         starts, self.mask = torch.tensor([0, *self.nvec[:-1]]).cumsum(0), args.mask
         self.register_buffer("starts", starts, persistent=False)
+        # places of each head's choices, the last one again up to the widest head's number
+        widest = torch.arange(max(self.nvec)).minimum(torch.tensor(self.nvec).unsqueeze(1) - 1)
+        places = (starts.unsqueeze(1) + widest).flatten()
+        self.register_buffer("places", places, persistent=False)
         self.obs_norm = RunningMeanStd(() if self.pixels else shape)
         self.reward_norm, self.value_norm = RunningMeanStd(), RunningMeanStd()
 
@@ -854,8 +858,8 @@ class Agent(nn.Module):
         if masks.dim() == 3:
             first = torch.where(masks[..., 0], scores[:, : self.nvec[0]], -torch.inf).argmax(-1)
             masks = self.path(masks, first)
-        heads = torch.where(masks, scores, -torch.inf).split(self.nvec, -1)
-        return torch.stack([head.argmax(-1) for head in heads], -1), masks
+        scores = torch.where(masks, scores, -torch.inf).index_select(-1, self.places)
+        return scores.view(len(scores), len(self.nvec), -1).argmax(-1), masks  # of equals the first
 
     def mode(self, logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
         """Most probable actions [n, H], all heads taken together, and their masks [n, D]."""

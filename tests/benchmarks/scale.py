@@ -1,12 +1,12 @@
 """Speed-up of two processes on two cores, and what they spend on talking to each other.
 
-    python tests/benchmarks/scale.py [--repeats 5] [--num-minibatches 32]
+    python tests/benchmarks/scale.py [--repeats 3] [--num-minibatches 32 4 2 1]
 
 HalfCheetah-v5, 8 environments x 2048 steps a rollout, 10 epochs, one thread a process, the same
-total work: one process steps all 8 environments, two step 4 each. Runs alternate; rates are those
-from the second iteration to the last. The share of communication is the time within collective
-calls, waiting for the other process included, over the time of the iterations. Every run is a row
-of results/scale.csv.
+total work: one process steps all 8 environments, two step 4 each, left to the kernel and pinned to
+a core each (taskset). Runs alternate; rates are those from the second iteration to the last. The
+share of communication is the time within collective calls, waiting for the other process included,
+over the time of the iterations. Every run is a row of results/scale.csv.
 """
 
 import argparse
@@ -53,37 +53,44 @@ if script.RANK == 0:
 def main() -> None:
     """Measure, store and print medians."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--num-minibatches", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--num-minibatches", type=int, nargs="+", default=[32, 4, 2, 1])
     options = parser.parse_args()
-    flags = f"{FLAGS} --num-minibatches {options.num_minibatches}"
-    code = CODE.format(root=str(ROOT), flags=flags)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    commands = {
-        1: [sys.executable, "-c", code],
-        2: [*torchrun, "--nproc-per-node", "2", "--no-python", sys.executable, "-c", code],
-    }
+    torchrun += ["--nproc-per-node", "2", "--no-python"]
+    pin = ["bash", "-c", 'exec taskset -c "$LOCAL_RANK" "$0" "$@"']
+    launchers = {"one": [], "two": torchrun, "two, pinned": torchrun + pin}
     rows = []
-    for repeat in range(1, options.repeats + 1):
-        for processes, command in commands.items():
-            text = run(command, 1, Path(__file__).parent)[0]
-            row = {"processes": processes, "repeat": repeat}
-            for name in ("SPS:", "share", "calls", "microseconds"):
-                value = float(re.findall(rf"^{name} ([\d.e-]+)", text, re.MULTILINE)[-1])
-                row[name.strip(":").lower()] = round(value, 4 if name == "share" else 0)
-            rows.append(row)
-            print(*row.values(), flush=True)
+    for number in options.num_minibatches:
+        flags = f"{FLAGS} --num-minibatches {number}"
+        command = [sys.executable, "-c", CODE.format(root=str(ROOT), flags=flags)]
+        for repeat in range(1, options.repeats + 1):
+            for processes, launcher in launchers.items():
+                text = run([*launcher, *command], 1, Path(__file__).parent)[0]
+                row = {"minibatches": number, "processes": processes, "repeat": repeat}
+                for name in ("SPS:", "share", "calls", "microseconds"):
+                    value = float(re.findall(rf"^{name} ([\d.e-]+)", text, re.MULTILINE)[-1])
+                    row[name.strip(":").lower()] = round(value, 4 if name == "share" else 0)
+                rows.append(row)
+                print(*row.values(), flush=True)
     with open(RESULTS / "scale.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    speeds = [
-        statistics.median(row["sps"] for row in rows if row["processes"] == processes)
-        for processes in (1, 2)
-    ]
-    share = statistics.median(row["share"] for row in rows if row["processes"] == 2)
-    print(f"{speeds[0]:.0f} and {speeds[1]:.0f} SPS: {speeds[1] / speeds[0]:.2f} times", end="; ")
-    print(f"{share:.1%} of the time goes into communication")
+    for number in options.num_minibatches:
+        medians = {}
+        for processes in launchers:
+            chosen = [r for r in rows if (r["minibatches"], r["processes"]) == (number, processes)]
+            medians[processes] = [
+                statistics.median(row[name] for row in chosen)
+                for name in ("sps", "share", "calls", "microseconds")
+            ]
+        for processes, (speed, share, calls, wait) in medians.items():
+            print(
+                f"{number} minibatches, {processes}: {speed:.0f} SPS, "
+                f"{speed / medians['one'][0]:.2f} times one process; {share:.1%} of the time in "
+                f"{calls:.0f} calls an iteration of {wait:.0f} us"
+            )
 
 
 if __name__ == "__main__":

@@ -261,7 +261,7 @@ MANY = {  # flags, and numbers of environments
     ),
     "Pong-v5, envpool": (
         "ppo_discrete.py --env-id Pong-v5 --vectorization envpool --num-steps 16",
-        (1, 4, 16, 64, 256, 1024),
+        (1, 4, 16, 64, 256),  # 1024 need minutes an iteration
     ),
 }
 
