@@ -308,6 +308,10 @@ INFOS = ("environment_failure", "lives")  # that training reads
 class Guard(gym.Wrapper):
     """Turns an error of the environment into info["environment_failure"], which ends the run."""
 
+    def __init__(self, env: gym.Env) -> None:
+        super().__init__(env)
+        self.shape = env.observation_space.shape
+
     def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
         """Observation and info, or zeros and the failure."""
         try:
@@ -327,8 +331,8 @@ class Guard(gym.Wrapper):
 
     def checked(self, obs: np.ndarray) -> np.ndarray:
         """The observation, if it has the shape of its space."""
-        if obs.shape != self.observation_space.shape:
-            raise ValueError(f"observation {obs.shape} in place of {self.observation_space.shape}")
+        if obs.shape != self.shape:
+            raise ValueError(f"observation {obs.shape} in place of {self.shape}")
         return obs
 
     def failed(self, error: BaseException) -> tuple[np.ndarray, dict]:

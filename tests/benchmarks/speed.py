@@ -12,8 +12,9 @@ of its own. Steps per second are counted from the first environment step to the 
 are left out. "environment" steps the environments alone, with random actions, through the script's
 own vectorisation: no training can be faster. Memory is the peak resident size. Every run is a row
 of results/speed.csv, and every part of an iteration one of results/split.csv; workloads that were
-not asked for keep their rows. CleanRL's files are run as they are; its ppo_continuous_action.py
-needs an interpreter with gymnasium 0.29. --picture needs matplotlib.
+not asked for keep their rows. CleanRL's files are run as they are; its ppo_continuous_action.py and
+ppo_atari.py need an interpreter with gymnasium 0.29 (ale-py 0.10, stable-baselines3 2.3).
+--picture needs matplotlib.
 """
 
 import argparse
@@ -146,8 +147,7 @@ CLEANRL = """
 import runpy, sys
 sys.argv = {argv!r}
 if "atari" in sys.argv[0]:
-    import ale_py, gymnasium
-    gymnasium.register_envs(ale_py)
+    import ale_py  # which registers its environments with gymnasium 0.29
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
@@ -192,7 +192,7 @@ def commands(name: str, seed: int, options: argparse.Namespace) -> dict[str, lis
         file, *flags = cleanrl.split()
         argv = [str(options.cleanrl / "cleanrl" / file), *flags]
         argv += ["--total-timesteps", str(steps), "--seed", str(seed)]
-        python = options.cleanrl_python if name == "halfcheetah" else sys.executable
+        python = sys.executable if name == "cartpole" else options.cleanrl_python
         result["CleanRL"] = [python, "-c", CLEANRL.format(argv=argv)]
     floor = ["--total-timesteps", str(steps), *WORKLOADS[name][0].split()[1:]]
     result["environment"] = [
