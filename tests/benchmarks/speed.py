@@ -330,7 +330,7 @@ def draw() -> None:
             bars.bar(at, ratio, 0.18, color=colour, label=who if place == 0 else None)
             bars.text(at, ratio, f"{ratio:.1f}", ha="center", va="bottom", fontsize=7)
     bars.set_xticks(range(len(names)), names)
-    bars.set(ylabel="training speed (slowest = 1)")
+    bars.set(ylabel="training speed (slowest = 1)", ylim=(0, 1.25 * bars.get_ylim()[1]))
     bars.legend(["ours", "ours compiled", "Stable-Baselines3 (contrib)", "CleanRL"], fontsize=8)
     table = csv.DictReader((RESULTS / "many_envs.csv").open())
     lines = {}
