@@ -984,7 +984,11 @@ def ppo_loss(
 
 
 def loss_gradient(
-    agent: Agent, parameters: list[nn.Parameter], batch: Batch, coefs: Tensor, args: Args
+    agent: Agent,
+    parameters: list[nn.Parameter],
+    batch: Batch,
+    coefs: Tensor | list[float],
+    args: Args,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Gradient [P] of `ppo_loss` by the parameters, as one vector, and what else it returns."""
     loss, (dists, values) = ppo_loss(agent, batch, coefs, args)
@@ -1070,8 +1074,8 @@ class Adam:
         for parameter, part in zip(self.parameters, parts, strict=True):
             parameter.data = part.view_as(parameter)
         self.average, self.square = torch.zeros_like(self.weights), torch.zeros_like(self.weights)
-        self.flat = (self.weights, self.average, self.square)
         sizes = [sum(p.numel() for p in group) for group in groups]
+        vectors = (self.weights, self.average, self.square)
         self.param_groups = [
             {
                 "flat": flat,
@@ -1081,7 +1085,7 @@ class Adam:
             }
             for eps, *flat in zip(
                 (args.actor_adam_eps, args.critic_adam_eps),
-                *(vector.split(sizes) for vector in self.flat),
+                *(vector.split(sizes) for vector in vectors),
                 strict=True,
             )
         ]
@@ -1089,13 +1093,9 @@ class Adam:
     def step(self, gradient: Tensor) -> None:
         """Move the weights by their gradient [P], or the critic's alone by theirs."""
         groups = self.param_groups[len(gradient) < len(self.weights) :]
-        for group in groups:
-            group["step"] += 1
-        first, last = groups[0], groups[-1]
-        if first is not last and all(first[key] == last[key] for key in ("lr", "eps", "step")):
-            groups = [first | {"flat": self.flat}]
         parts = gradient.split([len(group["flat"][0]) for group in groups])
         for group, part in zip(groups, parts, strict=True):
+            group["step"] += 1
             weights, average, square = group["flat"]
             vectors = [weights], [part], [average], [square], []
             step = [part.new_full((), group["step"])]

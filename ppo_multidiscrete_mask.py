@@ -863,7 +863,8 @@ class Agent(nn.Module):
             first = torch.where(masks[..., 0], scores[:, : self.nvec[0]], -torch.inf).argmax(-1)
             masks = self.path(masks, first)
         scores = torch.where(masks, scores, -torch.inf).index_select(-1, self.places)
-        return scores.view(len(scores), len(self.nvec), -1).argmax(-1), masks  # of equals the first
+        # argmax returns the first of equal scores, so never a repetition
+        return scores.view(len(scores), len(self.nvec), -1).argmax(-1), masks
 
     def mode(self, logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
         """Most probable actions [n, H], all heads taken together, and their masks [n, D]."""
@@ -1225,7 +1226,11 @@ def ppo_loss(
 
 
 def loss_gradient(
-    agent: Agent, parameters: list[nn.Parameter], batch: Batch, coefs: Tensor, args: Args
+    agent: Agent,
+    parameters: list[nn.Parameter],
+    batch: Batch,
+    coefs: Tensor | list[float],
+    args: Args,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Gradient [P] of `ppo_loss` by the parameters, as one vector, and what else it returns."""
     loss, (dists, values) = ppo_loss(agent, batch, coefs, args)
@@ -1311,8 +1316,8 @@ class Adam:
         for parameter, part in zip(self.parameters, parts, strict=True):
             parameter.data = part.view_as(parameter)
         self.average, self.square = torch.zeros_like(self.weights), torch.zeros_like(self.weights)
-        self.flat = (self.weights, self.average, self.square)
         sizes = [sum(p.numel() for p in group) for group in groups]
+        vectors = (self.weights, self.average, self.square)
         self.param_groups = [
             {
                 "flat": flat,
@@ -1322,7 +1327,7 @@ class Adam:
             }
             for eps, *flat in zip(
                 (args.actor_adam_eps, args.critic_adam_eps),
-                *(vector.split(sizes) for vector in self.flat),
+                *(vector.split(sizes) for vector in vectors),
                 strict=True,
             )
         ]
@@ -1330,13 +1335,9 @@ class Adam:
     def step(self, gradient: Tensor) -> None:
         """Move the weights by their gradient [P], or the critic's alone by theirs."""
         groups = self.param_groups[len(gradient) < len(self.weights) :]
-        for group in groups:
-            group["step"] += 1
-        first, last = groups[0], groups[-1]
-        if first is not last and all(first[key] == last[key] for key in ("lr", "eps", "step")):
-            groups = [first | {"flat": self.flat}]
         parts = gradient.split([len(group["flat"][0]) for group in groups])
         for group, part in zip(groups, parts, strict=True):
+            group["step"] += 1
             weights, average, square = group["flat"]
             vectors = [weights], [part], [average], [square], []
             step = [part.new_full((), group["step"])]

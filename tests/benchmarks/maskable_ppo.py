@@ -36,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--total-timesteps", type=int, default=2_000_000)
-    options, _ = parser.parse_known_args()
+    options = parser.parse_args()
     torch.set_num_threads(1)
 
     def make() -> gym.Env:
