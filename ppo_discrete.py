@@ -302,7 +302,7 @@ class FireReset(gym.Wrapper):
         return obs, info
 
 
-INFOS = ("environment_failure", "lives")  # that training reads
+INFOS = {"environment_failure", "lives"}  # that training reads
 
 
 class Guard(gym.Wrapper):
@@ -429,7 +429,7 @@ class SyncEnvs(SyncVectorEnv):
                 obs, info = env.reset()
             self.obs[n] = obs
             given.append(info)
-        for key in INFOS if any(given) else ():
+        for key in INFOS.intersection(chain(*given)):
             if all(key in info for info in given):
                 infos[key] = np.array([info[key] for info in given])
                 infos[f"_{key}"] = np.ones(self.num_envs, bool)
@@ -745,7 +745,8 @@ def collect(agent: Agent, envs: VectorEnv, rollout: Rollout, interrupted: list[i
     rollout.valid[0], rollout.lives[0] = rollout.valid[-1], rollout.lives[-1]
     rollout.final_obs.clear()
     noise = agent.draw_noise(*rollout.rewards.shape)
-    for t, (draw, (obs, next_obs, actions)) in enumerate(zip(noise, rollout.rows, strict=True)):
+    steps = zip(noise, rollout.rows, strict=True)
+    for t, (draw, (obs, next_obs, actions)) in enumerate(steps):
         if interrupted:
             return
         actions.copy_(agent.act(obs, draw))
@@ -755,7 +756,7 @@ def collect(agent: Agent, envs: VectorEnv, rollout: Rollout, interrupted: list[i
             rollout.stuck = t, str(error)
             return
         seen, rewards, terminated, truncated, infos = step
-        next_obs.copy_(torch.as_tensor(seen))
+        next_obs.copy_(torch.from_numpy(seen))
         rollout.rewards[t] = rewards
         rollout.terminated[t], rollout.truncated[t] = terminated, truncated
         if "final_obs" in infos:

@@ -366,7 +366,8 @@ def move_mask(env: Any, obs: Any, info: dict) -> tuple[Any, dict]:
     if mask is None:
         return obs, info
     mask = np.concatenate(mask) if isinstance(mask, tuple) else np.asarray(mask)
-    return obs, info | {"action_mask": mask}
+    info["action_mask"] = mask
+    return obs, info
 
 
 def keys_beside_mask(space: spaces.Space) -> list[str]:
@@ -442,7 +443,7 @@ class FireReset(gym.Wrapper):
         return obs, info
 
 
-INFOS = ("environment_failure", "lives", "action_mask")  # that training reads
+INFOS = {"environment_failure", "lives", "action_mask"}  # that training reads
 
 
 class Guard(gym.Wrapper):
@@ -569,7 +570,7 @@ class SyncEnvs(SyncVectorEnv):
                 obs, info = env.reset()
             self.obs[n] = obs
             given.append(info)
-        for key in INFOS if any(given) else ():
+        for key in INFOS.intersection(chain(*given)):
             if all(key in info for info in given):
                 infos[key] = np.array([info[key] for info in given])
                 infos[f"_{key}"] = np.ones(self.num_envs, bool)
@@ -777,6 +778,7 @@ class Agent(nn.Module):
         widest = torch.arange(max(self.nvec)).minimum(torch.tensor(self.nvec).unsqueeze(1) - 1)
         places = (starts.unsqueeze(1) + widest).flatten()
         self.register_buffer("places", places, persistent=False)
+        self.register_buffer("never", torch.tensor(-torch.inf), persistent=False)
         self.obs_norm = RunningMeanStd(() if self.pixels else shape)
         self.reward_norm, self.value_norm = RunningMeanStd(), RunningMeanStd()
 
@@ -835,10 +837,11 @@ class Agent(nn.Module):
         rows = torch.arange(len(first), device=first.device)
         return torch.cat((masks[..., 0], masks[rows, first, 1:]), -1)
 
-    def act(self, obs: Tensor, masks: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+    def act(self, obs: Tensor, masks: Tensor, noise: Tensor | None) -> tuple[Tensor, ...]:
         """Actions [n, H] for observations [n, *O], drawn with `noise`; without it the mode.
 
-        Returns the masks [n, D], too, that each head was under; `masks` are the environment's.
+        With them the masks [n, D] that the heads were under (`masks` are the environment's), and
+        what each head's choice scored [n, H]: -inf where its mask allows none.
         """
         logits, masks = self.actor(self.trunk(self.preprocess(obs))), self.heed(masks)
         return self.mode(logits, masks) if noise is None else self.sample(logits, masks, noise)
@@ -856,18 +859,19 @@ class Agent(nn.Module):
         noise = torch.empty(*shape, sum(self.nvec), device=self.starts.device)
         return noise.exponential_().log_().neg_()
 
-    def sample(self, logits: Tensor, masks: Tensor, noise: Tensor | float) -> tuple[Tensor, Tensor]:
-        """Actions [n, H] drawn from logits [n, D] with Gumbel noise, and their masks [n, D]."""
+    def sample(self, logits: Tensor, masks: Tensor, noise: Tensor | float) -> tuple[Tensor, ...]:
+        """Actions [n, H] drawn from logits [n, D] with Gumbel noise, their masks and scores."""
         scores = logits + noise
         if masks.dim() == 3:
-            first = torch.where(masks[..., 0], scores[:, : self.nvec[0]], -torch.inf).argmax(-1)
+            first = torch.where(masks[..., 0], scores[:, : self.nvec[0]], self.never).argmax(-1)
             masks = self.path(masks, first)
-        scores = torch.where(masks, scores, -torch.inf).index_select(-1, self.places)
-        # argmax returns the first of equal scores, so never a repetition
-        return scores.view(len(scores), len(self.nvec), -1).argmax(-1), masks
+        scores = torch.where(masks, scores, self.never).index_select(-1, self.places)
+        # max returns the first of equal scores, so never a repetition
+        best, actions = scores.view(len(scores), len(self.nvec), -1).max(-1)
+        return actions, masks, best
 
-    def mode(self, logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-        """Most probable actions [n, H], all heads taken together, and their masks [n, D]."""
+    def mode(self, logits: Tensor, masks: Tensor) -> tuple[Tensor, ...]:
+        """Most probable actions [n, H], all heads taken together, their masks and scores."""
         first, rest = logits.split([self.nvec[0], sum(self.nvec[1:])], -1)
         if masks.dim() == 3:
             rows = torch.where(masks[..., 1:], rest.unsqueeze(1), MASKED).split(self.nvec[1:], -1)
@@ -877,10 +881,6 @@ class Agent(nn.Module):
     def chosen(self, masks: Tensor, actions: Tensor) -> Tensor:
         """Whether masks [..., D] allow each choice of actions [..., H]."""
         return masks.gather(-1, actions + self.starts.to(masks.device))
-
-    def refused(self, masks: Tensor, actions: Tensor) -> list[list[int]]:
-        """[[n, h], ...], where masks [n, D] forbid what head h chose in actions [n, H]."""
-        return (~self.chosen(masks, actions)).nonzero().tolist()
 
     def log_prob(self, dist: Tensor, actions: Tensor) -> Tensor:
         """Log-probs [...] of actions [..., H] under log-probs [..., D], summed over the heads."""
@@ -944,6 +944,8 @@ class Rollout:
         self.masks = np.repeat(np.asarray(found, bool)[None], rows, 0)  # as the environment gives
         self.allowed = torch.ones(rows, n, sum(agent.nvec), dtype=torch.bool, device=device)
         self.next_step = envs.metadata["autoreset_mode"] == AutoresetMode.NEXT_STEP
+        masks = torch.as_tensor(self.masks[:-1]), self.allowed[:-1]  # views of these, too
+        self.rows = [(*row, *pair) for row, *pair in zip(self.rows, *masks, strict=True)]
 
 
 def keep_masks(rollout: Rollout, t: int, infos: dict, ended: np.ndarray) -> None:
@@ -962,15 +964,16 @@ def collect(agent: Agent, envs: VectorEnv, rollout: Rollout, interrupted: list[i
     rollout.final_obs.clear()
     rollout.masks[0] = rollout.masks[-1]
     noise = agent.draw_noise(*rollout.rewards.shape)
-    for t, (draw, (obs, next_obs, actions)) in enumerate(zip(noise, rollout.rows, strict=True)):
+    steps = zip(noise, rollout.rows, strict=True)
+    for t, (draw, (obs, next_obs, actions, masks, allowed)) in enumerate(steps):
         if interrupted:
             return
-        masks = torch.as_tensor(rollout.masks[t], device=obs.device)
-        chosen, allowed = agent.act(obs, masks, draw)
+        chosen, heeded, scores = agent.act(obs, masks.to(obs.device), draw)
         actions.copy_(chosen)
-        rollout.allowed[t] = allowed
-        if rollout.masked and (stuck := agent.refused(allowed, chosen)):
-            n, head = RANK * envs.num_envs + stuck[0][0], stuck[0][1]
+        allowed.copy_(heeded)
+        if rollout.masked and -torch.inf in scores.flatten().tolist():
+            n, head = (scores == -torch.inf).nonzero()[0].tolist()
+            n += RANK * envs.num_envs
             rollout.stuck = t, f"the mask of environment {n} allows no choice of head {head}"
             return
         try:
@@ -979,7 +982,7 @@ def collect(agent: Agent, envs: VectorEnv, rollout: Rollout, interrupted: list[i
             rollout.stuck = t, str(error)
             return
         seen, rewards, terminated, truncated, infos = step
-        next_obs.copy_(torch.as_tensor(seen))
+        next_obs.copy_(torch.from_numpy(seen))
         rollout.rewards[t] = rewards
         rollout.terminated[t], rollout.truncated[t] = terminated, truncated
         if "final_obs" in infos:
@@ -1686,9 +1689,10 @@ def evaluate(args: Args, agent: Agent, envs: VectorEnv, seed: int, step: int) ->
     while len(returns) < args.eval_episodes:
         noise = None if args.eval_deterministic else agent.draw_noise(1)
         masks = torch.as_tensor(rollout.masks[-1], device=rollout.obs.device)
-        actions, allowed = agent.act(obs, masks, noise)
-        if rollout.masked and (stuck := agent.refused(allowed, actions)):
-            fail(f"the mask of environment 0 allows no choice of head {stuck[0][1]}", 1)
+        actions, _, scores = agent.act(obs, masks, noise)
+        if rollout.masked and -torch.inf in (scores := scores.flatten().tolist()):
+            head = scores.index(-torch.inf)
+            fail(f"the mask of environment 0 allows no choice of head {head}", 1)
         obs, reward, terminated, truncated, infos = attempt(envs, envs.step, agent.to_env(actions))
         keep_masks(rollout, -1, infos, terminated | truncated)
         obs = torch.as_tensor(obs, dtype=rollout.obs.dtype, device=rollout.obs.device)

@@ -34,7 +34,7 @@ def make_agent(ppo: ModuleType) -> tuple[Any, Any, Any]:
         if ppo is ppo_multidiscrete_mask:
             masks = {"masks": torch.rand(ROWS, 5) < 0.7}
             masks["masks"][:, [0, 2]] = True
-            actions, _ = agent.act(obs, masks["masks"], agent.draw_noise(ROWS))
+            actions, *_ = agent.act(obs, masks["masks"], agent.draw_noise(ROWS))
         else:
             actions = agent.act(obs, agent.draw_noise(ROWS))
         dists, values = agent(obs, *masks.values())

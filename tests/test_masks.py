@@ -103,7 +103,7 @@ SPACES = [*map(spaces.MultiDiscrete, NVECS), spaces.Discrete(5, start=3)]
 def test_distribution_equals_torch_head_by_head(space: spaces.Space, conditional: bool) -> None:
     p, q = agent_for(space, 0), agent_for(space, 1)
     obs, all_masks = torch.randn(9, 6, dtype=torch.float64), random_masks(p.nvec, 9, conditional)
-    actions, masks = p.act(obs, all_masks, p.draw_noise(9))
+    actions, masks, _ = p.act(obs, all_masks, p.draw_noise(9))
     for mask, action, used in zip(all_masks.numpy(), actions.numpy(), masks.numpy(), strict=True):
         np.testing.assert_array_equal(used, walked(mask, action[0]))
         assert allows(mask, action, p.nvec)
@@ -132,7 +132,7 @@ def test_parity_with_sb3_contrib(nvec: list[int]) -> None:
     agent = agent_for(nvec)
     obs, masks = torch.randn(50, 6, dtype=torch.float64), random_masks(nvec, 50, False)
     with torch.no_grad():
-        actions, masks = agent.act(obs, masks, agent.draw_noise(50))
+        actions, masks, _ = agent.act(obs, masks, agent.draw_noise(50))
         dist, logits = agent(obs, masks)[0], agent.actor(obs)
     theirs = MaskableMultiCategoricalDistribution(nvec).proba_distribution(logits)
     theirs.apply_masking(masks.numpy())
@@ -178,7 +178,7 @@ def test_actions_are_drawn_as_often_as_probable(nvec: list[int], conditional: bo
         actions, probs = joint_probabilities(agent, obs, mask)
         with torch.no_grad():
             logits = agent.actor(obs).float().expand(n, -1)
-            drawn, _ = agent.sample(logits, mask.expand(n, *mask.shape), agent.draw_noise(n))
+            drawn, *_ = agent.sample(logits, mask.expand(n, *mask.shape), agent.draw_noise(n))
         index = np.ravel_multi_index(drawn.T.numpy(), nvec)
         counts = np.bincount(index, minlength=len(actions))
         assert (counts[probs == 0] == 0).all()
@@ -197,7 +197,7 @@ def test_the_deterministic_action_is_the_most_probable_one(
     agent, greedy_is_wrong = agent_for(nvec), 0
     rows = torch.randn(60, 6, dtype=torch.float64), random_masks(nvec, 60, conditional)
     with torch.no_grad():
-        modes, _ = agent.act(*rows, None)
+        modes, *_ = agent.act(*rows, None)
         logits = agent.actor(rows[0])[:, : nvec[0]].numpy()
     for obs, mask, mode, first in zip(*rows, modes.tolist(), logits, strict=True):
         actions, probs = joint_probabilities(agent, obs, mask)
@@ -216,6 +216,29 @@ def test_the_mode_weighs_what_follows_the_first_choice() -> None:
     assert agent.act(obs, mask, None)[0].tolist() == [[1, 3]]
     obs[0, 0] = 2.0
     assert agent.act(obs, mask, None)[0].tolist() == [[0, 0]]
+
+
+@SHAPES
+def test_a_choice_without_a_choice_scores_minus_infinity(conditional: bool) -> None:
+    """So it is known, before the environment is, and nowhere else does anything score that."""
+    nvec = [3, 4, 2]
+    agent, masks = agent_of_logits(nvec), random_masks(nvec, 40, conditional)
+    barred = torch.rand(40, 3, generator=torch.Generator().manual_seed(0)) < 0.3
+    for n, h in barred.nonzero().tolist():
+        columns = slice(sum(nvec[:h]), sum(nvec[: h + 1]))
+        if not conditional:
+            masks[n, columns] = False
+        elif h == 0:
+            masks[n, :, 0] = False
+        else:
+            masks[n, :, 1 + columns.start - nvec[0] : 1 + columns.stop - nvec[0]] = False
+    for noise in (agent.draw_noise(40), None):
+        _, used, scores = agent.act(torch.randn(40, sum(nvec)) * 100, masks, noise)
+        allowed = torch.stack([h.any(-1) for h in used.split(nvec, -1)], -1)
+        assert torch.equal(scores == -torch.inf, ~allowed)
+        assert scores[allowed].isfinite().all()
+        assert not allowed[barred].any()
+        assert allowed.any()
 
 
 @SHAPES
@@ -247,7 +270,7 @@ def test_extreme_logits_leave_everything_finite(
     for scale in (1.0, 1e2, 1e4):
         p, q = (torch.randn(40, sum(nvec), dtype=dtype) * scale for _ in range(2))
         masks = random_masks(nvec, 40, conditional)
-        actions, masks = agent.act(p, masks, agent.draw_noise(40).to(dtype))
+        actions, masks, _ = agent.act(p, masks, agent.draw_noise(40).to(dtype))
         p.requires_grad_(), q.requires_grad_()
         dists = agent(p, masks)[0], agent(q, masks)[0]
         assert (dists[0].exp()[~masks] == 0).all()
@@ -281,7 +304,7 @@ def test_heads_with_one_choice_add_nothing(given: str) -> None:
         masks[..., columns] = False
         masks[..., columns.start + 1] = True
     with torch.no_grad():
-        actions, masks = long.act(logits, masks, long.draw_noise(50))
+        actions, masks, _ = long.act(logits, masks, long.draw_noise(50))
         dist, less = long(logits, masks)[0], short(logits[:, kept], masks[:, kept])[0]
     fewer = actions[:, [0, 2]]
     assert (actions[:, [1, 3]] == 1).all()

@@ -19,7 +19,7 @@ OWN = set(
 ) | {
     f"Agent.{name}"
     for name in "__init__ preprocess act forward distribution draw_noise sample mode log_prob "
-    "entropy kl_divergence to_env deviation heed path chosen refused".split()
+    "entropy kl_divergence to_env deviation heed path chosen".split()
 }
 # Statements that one script has beside the shared text.
 EXTRA = {
@@ -41,14 +41,16 @@ EXTRA = {
         "self.masks = np.repeat(np.asarray(found, bool)[None], rows, 0)",
         "self.allowed = torch.ones(rows, n, sum(agent.nvec), dtype=torch.bool, device=device)",
         "self.next_step = envs.metadata['autoreset_mode'] == AutoresetMode.NEXT_STEP",
+        "masks = (torch.as_tensor(self.masks[:-1]), self.allowed[:-1])",
+        "self.rows = [(*row, *pair) for row, *pair in zip(self.rows, *masks, strict=True)]",
     ),
     ("ppo_multidiscrete_mask.py", "collect"): (
         "rollout.masks[0] = rollout.masks[-1]",
-        "masks = torch.as_tensor(rollout.masks[t], device=obs.device)",
-        "chosen, allowed = agent.act(obs, masks, draw)",
-        "rollout.allowed[t] = allowed",
-        "if rollout.masked and (stuck := agent.refused(allowed, chosen)):\n"
-        "    n, head = (RANK * envs.num_envs + stuck[0][0], stuck[0][1])\n    rollout.stuck = "
+        "chosen, heeded, scores = agent.act(obs, masks.to(obs.device), draw)",
+        "allowed.copy_(heeded)",
+        "if rollout.masked and -torch.inf in scores.flatten().tolist():\n"
+        "    n, head = (scores == -torch.inf).nonzero()[0].tolist()\n"
+        "    n += RANK * envs.num_envs\n    rollout.stuck = "
         "(t, f'the mask of environment {n} allows no choice of head {head}')\n    return",
         "if ('action_mask' in infos) != rollout.masked:\n    rollout.stuck = "
         "(t, 'there are masks after steps but not after resets, or the reverse,')\n    return",
@@ -60,8 +62,9 @@ EXTRA = {
         "scalars |= {'policy/invalid_fraction': invalid_fraction(agent, rollout)}",
     ),
     ("ppo_multidiscrete_mask.py", "evaluate"): (
-        "if rollout.masked and (stuck := agent.refused(allowed, actions)):\n"
-        "    fail(f'the mask of environment 0 allows no choice of head {stuck[0][1]}', 1)",
+        "if rollout.masked and -torch.inf in (scores := scores.flatten().tolist()):\n"
+        "    head = scores.index(-torch.inf)\n"
+        "    fail(f'the mask of environment 0 allows no choice of head {head}', 1)",
         "keep_masks(rollout, -1, infos, terminated | truncated)",
     ),
     ("ppo_multidiscrete_mask.py", "main"): ("check_mask(one, args)",),
@@ -78,11 +81,12 @@ WORDS = {
     "batch.obs, batch.masks)": "batch.obs)",
     "byte, n = space.dtype == np.uint8 and len(space.shape) == 3,": "dtype, n = torch.uint8 if "
     "agent.pixels else torch.float32,",
+    "actions, masks, allowed)": "actions)",
     "actions.copy_(chosen)": "actions.copy_(agent.act(obs, draw))",
     "    if rollout.next_step:\n        rollout.valid": '    if envs.metadata["autoreset_mode"] == '
     "AutoresetMode.NEXT_STEP:\n        rollout.valid",
     "        masks = torch.as_tensor(rollout.masks[-1], device=rollout.obs.device)\n"
-    "        actions, allowed = agent.act(obs, masks, noise)\n": "        actions = "
+    "        actions, _, scores = agent.act(obs, masks, noise)\n": "        actions = "
     "agent.act(obs, noise)\n",
     "obs, reward, terminated, truncated, infos = attempt": "obs, reward, terminated, truncated, "
     "_ = attempt",
