@@ -70,12 +70,14 @@ def become(rank: int, port: int, job: dict[str, Any]) -> None:
     if job["processes"] > 1:
         world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["processes"]}
         world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        world |= {"LOCAL_WORLD_SIZE": job["processes"]}
         os.environ |= {name: str(value) for name, value in (world | job["env"]).items()}
     time.sleep(rank * job["delay"])
     script = importlib.import_module(job["script"])
     code, seen = 1, []
     try:
-        code = (play if "variant" in job else run_main)(script, job, seen)
+        part = play if "variant" in job else sum_up if "sums" in job else run_main
+        code = part(script, job, seen)
     except BaseException:
         sys.excepthook(*sys.exc_info())
     torch.save(seen, f"{job['files']}/seen.{rank}")
@@ -89,6 +91,27 @@ def gloo_threads() -> list[int]:
     names = Path("/proc/self/task").glob("*/comm")
     threads = [int(name.parent.name) for name in names if "gloo_tcp" in name.read_text()]
     return [os.sched_getscheduler(thread) for thread in threads]
+
+
+def addends(processes: int) -> list[list[Tensor]]:
+    """What each process adds: one number, none, a gradient's worth, whole numbers."""
+    rng = torch.Generator().manual_seed(0)
+    sizes = ((), (0,), (12_345,), (3, 5))
+    return [
+        [*(torch.randn(size, generator=rng) for size in sizes), torch.tensor([rank, 1])]
+        for rank in range(processes)
+    ]
+
+
+def sum_up(ppo: ModuleType, job: dict[str, Any], seen: list) -> int:
+    """The sums over all processes, and the cores that this one may use."""
+    if job["bound"] > ppo.RANK:
+        os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+    space = ACTION_SPACES["ppo_discrete"]
+    ppo.join_processes(ppo.Agent(ppo.Args(), OBS_SPACE, space), 5)
+    seen += [ppo.all_sum(values.clone()) for values in addends(ppo.PROCESSES)[ppo.RANK]]
+    seen.append(sorted(os.sched_getaffinity(0)))
+    return 0
 
 
 def run_main(ppo: ModuleType, job: dict[str, Any], seen: list) -> int:
@@ -569,6 +592,35 @@ def test_start(launch: Callable) -> None:
     assert two.err == ["", ""]
     if sys.platform == "linux":  # where they would spin on a core that the others need
         assert first["gloo"] == second["gloo"] == [os.SCHED_IDLE]
+
+
+@pytest.mark.parametrize("processes", [2, 3, 4, 5])
+def test_sums(launch: Callable, processes: int) -> None:
+    """The same bits in all processes, and what float64 says."""
+    done = launch(processes, "", sums=True, bound=0)
+    assert (done.codes, done.err) == ([0] * processes, [""] * processes)
+    for number, values in enumerate(zip(*addends(processes), strict=True)):
+        expected = torch.stack(values).double().sum(0)
+        for seen in done.seen:
+            assert same(seen[number], done.seen[0][number])
+            assert seen[number].dtype == values[0].dtype
+            torch.testing.assert_close(seen[number].double(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no cores of their own")
+@pytest.mark.parametrize("bound", [0, 1])
+def test_cores(launch: Callable, bound: int) -> None:
+    """Each process has its share, all of them together; if somebody has bound one, it stays so."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        pytest.skip("there is one core")
+    first, second = (seen[-1] for seen in launch(2, "", sums=True, bound=bound).seen)
+    if bound:
+        assert (first, second) == (cores[:1], cores)
+    else:
+        assert len(first) == len(second) == len(cores) // 2
+        assert set(first) | set(second) <= set(cores)
+        assert not set(first) & set(second)
 
 
 @pytest.mark.parametrize("before, after", [(2, 1), (2, 4), (1, 2)])
