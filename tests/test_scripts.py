@@ -73,7 +73,7 @@ EXTRA = {
 WORDS = {
     "Guard(flatten(MaskInfo(env)))": "Guard(flatten(env))",
     "obs: Tensor, masks: Tensor)": "obs: Tensor)",
-    ", masks.split(1024))": ")",
+    ", masks.split(rows))": ")",
     "(0, 1), rollout.allowed.flatten(0, 1))": "(0, 1))",
     "obs, rollout.allowed[-1, list(n)])": "obs)",
     "(reference, obs, masks)": "(reference, obs)",
