@@ -1469,16 +1469,19 @@ def describe(
     targets, weights = batch.targets * norm.std + norm.mean, normalize(batch.weights).double()
     rows = torch.stack((batch.advantages, values, targets, targets - values)).double()
     mean, count = all_sum(rows @ weights), all_sum((weights > 0).sum())
-    variance = all_sum((rows - mean.unsqueeze(-1)).square() @ weights) * count / (count - 1)
-    scalars = dict(zip(METRICS, metrics, strict=True)) | {
-        "losses/explained_variance": (1 - variance[3] / variance[2]).nan_to_num(0, neginf=0),
-        "advantages/mean": mean[0],
-        "advantages/std": variance[0].sqrt().nan_to_num(),
-        "values/old_mean": mean[1],
-        "values/target_mean": mean[2],
+    squares = all_sum((rows - mean.unsqueeze(-1)).square() @ weights)
+    variance = squares * count / (count - 1).clamp(min=1)
+    told = torch.cat((metrics, mean, variance, torch.stack((norm.mean, norm.std)))).tolist()
+    means, variances, (centre, scale) = told[-10:-6], told[-6:-2], told[-2:]
+    scalars = dict(zip(METRICS, told[:-10], strict=True))
+    return scalars | {
+        "losses/explained_variance": 1 - variances[3] / variances[2] if variances[2] > 0 else 0.0,
+        "advantages/mean": means[0],
+        "advantages/std": variances[0] ** 0.5,
+        "values/mean": scalars["values/mean"] * scale + centre,
+        "values/old_mean": means[1],
+        "values/target_mean": means[2],
     }
-    scalars["values/mean"] = scalars["values/mean"] * norm.std + norm.mean
-    return dict(zip(scalars, torch.stack(tuple(scalars.values())).tolist(), strict=True))
 
 
 def log(writer: SummaryWriter, step: int, scalars: dict[str, float]) -> None:
@@ -1594,11 +1597,13 @@ def find_broken(rollout: Rollout, step: int) -> list[str]:
     if rollout.stuck:
         t, why = rollout.stuck
         return [f"{why} at step {step + t * envs * PROCESSES}"]
-    found = [(t, n, "reward") for t, n in np.argwhere(~np.isfinite(rollout.rewards))]
+    found = []
+    if not np.isfinite(rollout.rewards.sum()):
+        found += [(t, n, "reward") for t, n in np.argwhere(~np.isfinite(rollout.rewards))]
     for t, n, obs in rollout.final_obs:
         if not np.isfinite(obs).all():
             found.append((t, n, "observation"))
-    if rollout.obs.is_floating_point() and not rollout.obs.isfinite().all():
+    if rollout.obs.is_floating_point() and not np.isfinite(rollout.obs.sum().item()):
         rows = (~rollout.obs.isfinite()).nonzero().tolist()
         found += [(max(t - 1, 0), n, "observation") for t, n, *_ in rows]
     return [
