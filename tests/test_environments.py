@@ -501,7 +501,9 @@ def test_pixels_are_scaled_and_channels_come_first(name: str, mode: str) -> None
     if name == "channels last":
         frames = frames.transpose(0, 3, 1, 2)
     assert frames.max() > 0.9
-    np.testing.assert_allclose(agent.preprocess(rollout.obs[0]), frames, rtol=1e-6)
+    images = agent.preprocess(rollout.obs[0])
+    np.testing.assert_allclose(images, frames, rtol=1e-6)
+    assert images.is_contiguous(memory_format=torch.channels_last)  # which convolutions like
     dists, values = agent(rollout.obs[0])
     assert dists.shape == (N, 3)
     assert values.shape == (N,)

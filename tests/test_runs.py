@@ -4,7 +4,9 @@ import copy
 import json
 import math
 import os
+import platform
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -941,3 +943,26 @@ def test_a_directory_may_be_spelt_in_another_way(train: Callable) -> None:
     train(f"--resume {Path('r').resolve()} --run-dir ./r/ --total-timesteps 320")
     assert checkpoint()["step"] == 320
     assert len(list(Path().iterdir())) == 1
+
+
+MEMORY = """
+import resource, sys, torch
+import ppo_discrete as ppo
+if sys.argv[1] == "kept":
+    ppo.keep_memory()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(12):
+    torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other systems do as they like")
+def test_freed_memory_is_kept() -> None:
+    """So 64 MiB that were there before come without asking the kernel for each of their pages."""
+    pages = [
+        int(subprocess.check_output([sys.executable, "-c", MEMORY, how], cwd=ROOT, text=True))
+        for how in ("kept", "returned")
+    ]
+    size = 2**26 // resource.getpagesize()  # of 12 times, a few come before there is a place
+    assert pages[0] < 5 * size < 12 * size <= pages[1]
