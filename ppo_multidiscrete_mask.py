@@ -811,6 +811,7 @@ class Agent(nn.Module):
         widest = torch.arange(max(self.nvec)).minimum(torch.tensor(self.nvec).unsqueeze(1) - 1)
         places = (starts.unsqueeze(1) + widest).flatten()
         self.register_buffer("places", places, persistent=False)
+        # score of what a mask forbids
         self.register_buffer("never", torch.tensor(-torch.inf), persistent=False)
         self.obs_norm = RunningMeanStd(() if self.pixels else shape)
         self.reward_norm, self.value_norm = RunningMeanStd(), RunningMeanStd()
