@@ -572,13 +572,9 @@ class SyncEnvs(SyncVectorEnv):
             self.obs[n] = obs
             given.append(info)
         for key in INFOS.intersection(chain(*given)):
-            if all(key in info for info in given):
-                infos[key] = np.array([info[key] for info in given])
-                infos[f"_{key}"] = np.ones(self.num_envs, bool)
-                continue
-            for n, info in enumerate(given):
-                if key in info:
-                    infos = self._add_info(infos, {key: info[key]}, n)
+            blank = np.zeros_like(next(info[key] for info in given if key in info))
+            infos[key] = np.array([info.get(key, blank) for info in given])
+            infos[f"_{key}"] = np.array([key in info for info in given])
         return self.obs, self.rewards, self.terminated, self.truncated, infos
 
 
