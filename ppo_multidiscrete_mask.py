@@ -1594,12 +1594,9 @@ def find_broken(rollout: Rollout, step: int) -> list[str]:
     if rollout.stuck:
         t, why = rollout.stuck
         return [f"{why} at step {step + t * envs * PROCESSES}"]
-    found = []
-    if not np.isfinite(rollout.rewards.sum()):
-        found += [(t, n, "reward") for t, n in np.argwhere(~np.isfinite(rollout.rewards))]
-    for t, n, obs in rollout.final_obs:
-        if not np.isfinite(obs).all():
-            found.append((t, n, "observation"))
+    found = [(t, n, "reward") for t, n in np.argwhere(~np.isfinite(rollout.rewards))]
+    ends = [(t, n) for t, n, obs in rollout.final_obs if not np.isfinite(obs).all()]
+    found += [(t, n, "observation") for t, n in ends]
     if rollout.obs.is_floating_point() and not np.isfinite(rollout.obs.sum().item()):
         rows = (~rollout.obs.isfinite()).nonzero().tolist()
         found += [(max(t - 1, 0), n, "observation") for t, n, *_ in rows]
