@@ -1289,15 +1289,14 @@ def measure(agent: Agent, batch: Batch, dists: Tensor, values: Tensor, args: Arg
     logratio = agent.log_prob(dists, batch.actions) - batch.logprobs
     ratio, huber = logratio.exp(), args.value_loss == "huber"
     vclip = value_clip(args)
-    kl, ref = agent.kl_divergence(batch.dists, dists), torch.zeros_like(ratio)
-    if args.ref_checkpoint:
-        ref = agent.kl_divergence(dists, batch.ref_dists)
+    kl, others = agent.kl_divergence(batch.dists, dists), batch.ref_dists
+    ref_kl = agent.kl_divergence(dists, others) if args.ref_checkpoint else torch.zeros_like(kl)
     rows = (
         policy_loss(ratio, batch.advantages, args.clip_coef, args.dual_clip_coef),
         value_loss(clip_values(values, batch, args), batch.targets, huber),
         agent.entropy(dists),
         kl,
-        ref,
+        ref_kl,
         -logratio,
         ratio - 1 - logratio,
         ((ratio - 1).abs() > (args.clip_coef or torch.inf)).float(),
