@@ -1241,17 +1241,19 @@ def log(writer: SummaryWriter, step: int, scalars: dict[str, float]) -> None:
     writer.file_writer.add_summary(Summary(value=values), step)
 
 
-RETURNS = ("charts/return_100", "charts/episodic_return", "eval/episodic_return")
-
-
-def log_hparams(writer: SummaryWriter, args: Args) -> None:
-    """List the run with its flags and its newest returns in the HPARAMS tab."""
+def open_writer(run_dir: Path, args: Args, step: int) -> SummaryWriter | None:
+    """The first process's writer of events after this step; it lists the run in the HPARAMS tab."""
+    if RANK > 0:
+        return None
+    writer = SummaryWriter(run_dir, purge_step=step + 1)
     flags = {
         name: value if type(value) in (int, float, str) else str(value)
         for name, value in vars(args).items()
     }
-    for summary in hparams(flags, dict.fromkeys(RETURNS, 0)):
+    newest = ("charts/return_100", "charts/episodic_return", "eval/episodic_return")
+    for summary in hparams(flags, dict.fromkeys(newest, 0)):
         writer.file_writer.add_summary(summary)
+    return writer
 
 
 # ---- checkpoint
@@ -1326,15 +1328,6 @@ def open_run(run_dir: Path, args: Args, state: dict) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     with open(run_dir / "args.json", "w" if own else "x") as file:
         json.dump(vars(args), file, indent=2)
-
-
-def open_writer(run_dir: Path, args: Args, step: int) -> SummaryWriter | None:
-    """The first process's writer of events after this step."""
-    if RANK > 0:
-        return None
-    writer = SummaryWriter(run_dir, purge_step=step + 1)
-    log_hparams(writer, args)
-    return writer
 
 
 def environment_seed(seed: int, step: int) -> int:
