@@ -496,10 +496,10 @@ def close(envs: VectorEnv, kill: bool) -> None:
 # ---- statistics
 
 
-def talk(call: Callable, *args: Any) -> None:
+def talk(call: Callable, *args: Any, **kwargs: Any) -> None:
     """Have all processes make a collective call; ends the run if one of them has ended."""
     try:
-        call(*args)
+        call(*args, **kwargs)
     except RuntimeError as error:
         fail(f"cannot reach the other processes: {error}", 1, alone=True)
 
@@ -574,9 +574,8 @@ def join_processes(agent: nn.Module, seed: int) -> None:
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store, *_ = next(distributed.rendezvous("env://"))
     store = distributed.PrefixStore(restart, store)  # it holds what came before a restart
-    group = {"store": store, "rank": RANK, "world_size": PROCESSES}
     backend = "nccl" if device.type == "cuda" else "gloo"
-    talk(partial(distributed.init_process_group, backend, **group))
+    talk(distributed.init_process_group, backend, store=store, rank=RANK, world_size=PROCESSES)
     for tensor in agent.state_dict().values():
         talk(distributed.broadcast, tensor, 0)
     if sys.platform == "linux" and device.type == "cpu":
