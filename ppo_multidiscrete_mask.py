@@ -1824,7 +1824,7 @@ def main() -> None:
         fail(f"--run-dir {args.run_dir}: holds a run; --resume it or name another directory")
     videos = f"videos/from-{step}" if args.resume else "videos"
     video_dir = f"{args.run_dir}/{videos}" if args.capture_video and RANK == 0 else None
-    envs, done = open_envs(args, num_envs, seed, video_dir), False
+    envs = open_envs(args, num_envs, seed, video_dir)
     try:
         if args.eval:
             evaluate(args, agent, envs, seed, step)
@@ -1832,13 +1832,12 @@ def main() -> None:
             if PROCESSES > 1:
                 join_processes(agent, seed)
             train(args, agent, envs, seed, reference, state)
-        done = True
     except EnvironmentFailure as error:
         fail(error, 1, alone=True)
     except OSError as error:
         fail(f"cannot write to {args.run_dir}: {error}", 1, alone=True)
     finally:
-        close(envs, kill=not done)
+        close(envs, kill=sys.exc_info()[0] is not None)
         if distributed.is_initialized():
             distributed.destroy_process_group()
 
