@@ -1106,19 +1106,11 @@ class Adam:
         self.average, self.square = torch.zeros_like(self.weights), torch.zeros_like(self.weights)
         sizes = [sum(p.numel() for p in group) for group in groups]
         vectors = (self.weights, self.average, self.square)
-        self.param_groups = [
-            {
-                "flat": flat,
-                "lr": args.learning_rate,
-                "eps": args.adam_eps if eps is None else eps,
-                "step": 0,
-            }
-            for eps, *flat in zip(
-                (args.actor_adam_eps, args.critic_adam_eps),
-                *(vector.split(sizes) for vector in vectors),
-                strict=True,
-            )
-        ]
+        flats = zip(*(vector.split(sizes) for vector in vectors), strict=True)
+        self.param_groups = [{"flat": flat, "lr": args.learning_rate, "step": 0} for flat in flats]
+        epsilons = (args.actor_adam_eps, args.critic_adam_eps)
+        for group, eps in zip(self.param_groups, epsilons, strict=True):
+            group["eps"] = args.adam_eps if eps is None else eps
 
     def step(self, gradient: Tensor) -> None:
         """Move the weights by their gradient [P], or the critic's alone by theirs."""
