@@ -554,28 +554,22 @@ def is_atari(args: Args) -> bool:
 class SyncEnvs(SyncVectorEnv):
     """Gymnasium's, with a faster step that resets in the same step and reads few infos."""
 
-    def __init__(self, env_fns: list[Callable]) -> None:
-        super().__init__(env_fns, copy=False, autoreset_mode="SameStep")
-        self.obs = np.zeros(self.observation_space.shape, self.observation_space.dtype)
-        self.rewards = np.zeros(self.num_envs)
-        self.terminated, self.truncated = np.zeros((2, self.num_envs), bool)
-
     def step(self, actions: np.ndarray) -> tuple:
         """Arrays that the next step writes over, and infos of INFOS alone."""
         infos, given = {}, []
         for n, (env, action) in enumerate(zip(self.envs, actions, strict=True)):
-            obs, self.rewards[n], terminated, truncated, info = env.step(action)
-            self.terminated[n], self.truncated[n] = terminated, truncated
+            obs, self._rewards[n], terminated, truncated, info = env.step(action)
+            self._terminations[n], self._truncations[n] = terminated, truncated
             if terminated or truncated:
                 infos = self._add_info(infos, {"final_obs": np.array(obs)}, n)
                 obs, info = env.reset()
-            self.obs[n] = obs
+            self._observations[n] = obs
             given.append(info)
         for key in INFOS.intersection(chain(*given)):
             blank = np.zeros_like(next(info[key] for info in given if key in info))
             infos[key] = np.array([info.get(key, blank) for info in given])
             infos[f"_{key}"] = np.array([key in info for info in given])
-        return self.obs, self.rewards, self.terminated, self.truncated, infos
+        return self._observations, self._rewards, self._terminations, self._truncations, infos
 
 
 def make_envs(args: Args, num_envs: int, seed: int, video_dir: str | None = None) -> VectorEnv:
@@ -583,7 +577,7 @@ def make_envs(args: Args, num_envs: int, seed: int, video_dir: str | None = None
     if args.vectorization in ("sync", "async"):
         fns = [partial(make_env, args, None if i else video_dir) for i in range(num_envs)]
         if args.vectorization == "sync":
-            return SyncEnvs(fns)
+            return SyncEnvs(fns, copy=False, autoreset_mode="SameStep")
         return AsyncVectorEnv(fns, copy=False, autoreset_mode="SameStep", context="forkserver")
     kwargs = json.loads(args.env_kwargs)
     if args.vectorization == "envpool":
