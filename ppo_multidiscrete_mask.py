@@ -1254,15 +1254,11 @@ def ppo_loss(
 
 
 def loss_gradient(
-    agent: Agent,
-    parameters: list[nn.Parameter],
-    batch: Batch,
-    coefs: Tensor | list[float],
-    args: Args,
+    agent: Agent, trained: list[nn.Parameter], batch: Batch, coefs: Tensor | list[float], args: Args
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Gradient [P] of `ppo_loss` by the parameters, as one vector, and what else it returns."""
+    """Gradient [P] of `ppo_loss` by what is trained, as one vector, and what else it returns."""
     loss, (dists, values) = ppo_loss(agent, batch, coefs, args)
-    parts = torch.autograd.grad(loss, parameters)
+    parts = torch.autograd.grad(loss, trained)
     return torch.cat([part.flatten() for part in parts]), (dists.detach(), values.detach())
 
 
