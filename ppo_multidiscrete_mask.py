@@ -1314,13 +1314,6 @@ def clip_norm(gradient: Tensor, limit: float | None) -> Tensor:
 # ---- update
 
 
-def parameters_of(agent: Agent) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Trained parameters of the policy, with a shared trunk, and of the critic."""
-    named = [(name, p) for name, p in agent.named_parameters() if p.requires_grad]
-    actor = [p for name, p in named if not name.startswith("critic.")]
-    return actor, [p for name, p in named if name.startswith("critic.")]
-
-
 ADAM = dict(beta1=0.9, beta2=0.999, weight_decay=0.0, amsgrad=False, maximize=False)
 
 
@@ -1332,14 +1325,16 @@ class Adam:
     """
 
     def __init__(self, agent: Agent, args: Args) -> None:
-        groups = parameters_of(agent)
-        self.parameters, self.critic = [p for group in groups for p in group], groups[1]
+        named = [(name, p) for name, p in agent.named_parameters() if p.requires_grad]
+        actor = [p for name, p in named if not name.startswith("critic.")]
+        self.critic = [p for name, p in named if name.startswith("critic.")]
+        self.parameters = actor + self.critic
         self.weights = torch.cat([p.detach().flatten() for p in self.parameters])
         parts = self.weights.split([p.numel() for p in self.parameters])
         for parameter, part in zip(self.parameters, parts, strict=True):
             parameter.data = part.view_as(parameter)
         self.average, self.square = torch.zeros_like(self.weights), torch.zeros_like(self.weights)
-        sizes = [sum(p.numel() for p in group) for group in groups]
+        sizes = [sum(p.numel() for p in group) for group in (actor, self.critic)]
         vectors = (self.weights, self.average, self.square)
         flats = zip(*(vector.split(sizes) for vector in vectors), strict=True)
         self.param_groups = [{"flat": flat, "lr": args.learning_rate, "step": 0} for flat in flats]

@@ -537,7 +537,8 @@ def test_adam_is_torchs(shared: bool) -> None:
     """Both groups with rates and epsilons of their own, the critic at times alone: torch's Adam."""
     args = ppo.Args(shared_network=shared, actor_adam_eps=1e-3, critic_adam_eps=1e-8)
     ours, theirs = make_agent(args), make_agent(args)
-    groups = [{"params": parameters} for parameters in ppo.parameters_of(theirs)]
+    actor = [*theirs.trunk.parameters(), *theirs.actor.parameters()]
+    groups = [{"params": actor}, {"params": theirs.critic.parameters()}]
     peer = torch.optim.Adam(groups, foreach=False)
     peer.param_groups[0]["eps"], peer.param_groups[1]["eps"] = 1e-3, 1e-8
     optimizer, generator = ppo.Adam(ours, args), torch.manual_seed(3)
