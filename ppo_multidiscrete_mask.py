@@ -1299,6 +1299,7 @@ def measure(agent: Agent, batch: Batch, dists: Tensor, values: Tensor, args: Arg
 @cache
 def compiled(function: Callable) -> Callable:
     """The function as one graph of C++ code, made at its first call."""
+    torch._dynamo.config.trace_autograd_ops = True
     options = {"cpp_wrapper": True, "cpp.use_decompose_tanh": True}
     return torch.compile(function, options=options)
 
@@ -1769,8 +1770,6 @@ def main() -> None:
 
     keep_memory()
     torch.set_num_threads(args.torch_threads)
-    if args.compile:
-        torch._dynamo.config.trace_autograd_ops = True
     torch.backends.cudnn.deterministic = args.torch_deterministic
     step = state.get("step", 0)
     num_envs = 1 if args.eval else args.num_envs // PROCESSES
