@@ -1032,7 +1032,6 @@ def measure(agent: Agent, batch: Batch, dists: Tensor, values: Tensor, args: Arg
     """
     logratio = agent.log_prob(dists, batch.actions) - batch.logprobs
     ratio, huber = logratio.exp(), args.value_loss == "huber"
-    vclip = value_clip(args)
     kl, others = agent.kl_divergence(batch.dists, dists), batch.ref_dists
     ref_kl = agent.kl_divergence(dists, others) if args.ref_checkpoint else torch.zeros_like(kl)
     rows = (
@@ -1045,7 +1044,7 @@ def measure(agent: Agent, batch: Batch, dists: Tensor, values: Tensor, args: Arg
         ratio - 1 - logratio,
         ((ratio - 1).abs() > (args.clip_coef or torch.inf)).float(),
         value_loss(values, batch.targets, huber),
-        ((values - batch.values).abs() > (vclip or torch.inf)).float(),
+        ((values - batch.values).abs() > (value_clip(args) or torch.inf)).float(),
         values,
     )
     return (torch.stack(rows) * batch.weights).sum(-1).view(len(rows), -1).mean(1)
