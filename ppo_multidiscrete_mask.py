@@ -1211,8 +1211,7 @@ def policy_loss(
 
 def value_loss(values: Tensor, targets: Tensor, huber: bool) -> Tensor:
     """Half the squared error [M]; `huber`: linear where the error is above 1."""
-    delta = 1.0 if huber else torch.inf
-    return F.huber_loss(values, targets, reduction="none", delta=delta)
+    return F.huber_loss(values, targets, reduction="none", delta=1.0 if huber else torch.inf)
 
 
 def value_clip(args: Args) -> float | None:
