@@ -1475,7 +1475,7 @@ def train(
             kl = all_sum(agent.kl_divergence(batch.dists, dists) @ normalize(batch.weights)).item()
             beta *= 2.0 if kl > 1.5 * args.kl_target else 0.5 if kl < args.kl_target / 1.5 else 1.0
             beta = min(max(beta, 1e-6), 1e6)
-        if args.norm_obs and not agent.pixels:
+        if agent.norm_obs:
             agent.obs_norm.advance(batch.obs[batch.weights > 0])
         if step == first_step + batch_size:
             gc.freeze()  # what imports and compiling made, no later collection need look through
