@@ -312,8 +312,8 @@ class TaxiDispatch(gym.Env):
     metadata = {"render_modes": ["rgb_array"], "render_fps": 4}
 
     def __init__(self, taxis: int = 2, render_mode: str | None = None) -> None:
-        kwargs, self.render_mode = {"render_mode": render_mode}, render_mode
-        self.taxis = [gym.make("Taxi-v4", **kwargs).unwrapped for _ in range(taxis)]
+        self.render_mode = render_mode
+        self.taxis = [gym.make("Taxi-v4", render_mode=render_mode).unwrapped for _ in range(taxis)]
         self.observation_space = spaces.Box(0, 1, (16 * taxis,))
         self.action_space = spaces.MultiDiscrete([taxis, 6])
 
