@@ -918,10 +918,9 @@ def learning_signals(agent: Agent, rollout: Rollout, args: Args) -> tuple[Tensor
         rewards = np.sign(rewards)
     if not args.bootstrap_truncated:
         terminated = terminated | truncated
+    to_device = partial(torch.as_tensor, device=rollout.obs.device)
     signals = (rewards.astype(np.float32), terminated, truncated)
-    rewards, terminated, truncated = (
-        torch.as_tensor(x, device=rollout.obs.device) for x in signals
-    )
+    rewards, terminated, truncated = map(to_device, signals)
     if args.norm_reward:
         rewards = scale_rewards(agent, rollout, rewards, terminated | truncated, args)
     return rewards, terminated, truncated
