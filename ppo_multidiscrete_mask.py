@@ -902,10 +902,6 @@ class Agent(nn.Module):
             first = first + sum(row.log_softmax(-1).amax(-1) for row in rows)
         return self.sample(torch.cat((first, rest), -1), masks, 0.0)
 
-    def chosen(self, masks: Tensor, actions: Tensor) -> Tensor:
-        """Whether masks [..., D] allow each choice of actions [..., H]."""
-        return masks.gather(-1, actions + self.starts.to(masks.device))
-
     def log_prob(self, dist: Tensor, actions: Tensor) -> Tensor:
         """Log-probs [...] of actions [..., H] under log-probs [..., D], summed over the heads."""
         return dist.gather(-1, actions + self.starts).sum(-1)
@@ -1039,7 +1035,8 @@ def invalid_fraction(agent: Agent, rollout: Rollout) -> float:
     valid = torch.as_tensor(rollout.valid[:-1])
     masks, actions = torch.as_tensor(rollout.masks[:-1])[valid], rollout.actions.cpu()[valid]
     masks = agent.path(masks, actions[:, 0])
-    invalid = int((~agent.chosen(masks, actions)).any(-1).sum())
+    allowed = masks.gather(-1, actions + agent.starts.cpu())
+    invalid = int((~allowed).any(-1).sum())
     counts = all_sum(torch.tensor([invalid, len(actions)], device=rollout.obs.device)).tolist()
     return counts[0] / max(counts[1], 1)
 

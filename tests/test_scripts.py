@@ -19,7 +19,7 @@ OWN = set(
 ) | {
     f"Agent.{name}"
     for name in "__init__ preprocess act forward distribution draw_noise sample mode log_prob "
-    "entropy kl_divergence to_env deviation heed path chosen".split()
+    "entropy kl_divergence to_env deviation heed path".split()
 }
 # Statements that one script has beside the shared text.
 EXTRA = {
