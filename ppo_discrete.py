@@ -7,7 +7,8 @@ evaluate   python ppo_discrete.py --eval runs/RUN --eval-episodes 20 [--capture-
 scale out  torchrun --nproc-per-node 4 ppo_discrete.py --num-envs 32
 
 Where to edit: networks and distribution in `Agent`, the objective in `ppo_loss`, environments and
-their preprocessing in `make_env`, schedules in `schedule`. A copy under another name runs as it is.
+their preprocessing in `make_env`, learning rates in `schedule`. A copy under another name runs as
+it is.
 
 Shapes: T = num_steps, N = num_envs of this process, B = T * N rows of a rollout, K =
 num_minibatches, M = B / K rows of a minibatch, O and A = shapes of an observation and of an
@@ -49,6 +50,7 @@ import torch.nn.functional as F
 import tyro
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector.utils import batch_space
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor, distributed, nn
 from torch.utils.tensorboard import SummaryWriter
@@ -134,7 +136,7 @@ class Args:
     clip_reward: FloatOrNone = 10.0
     """normalised rewards are clipped to plus or minus this"""
     norm_value: Literal["none", "running", "popart"] = "none"
-    """the critic predicts standardised targets; popart also keeps its outputs as they were"""
+    """the critic predicts standardised targets; popart also rescales its last layer with them"""
     norm_adv: bool = True
     """standardise advantages"""
     norm_adv_scope: Literal["minibatch", "batch"] = "minibatch"
@@ -158,7 +160,7 @@ class Args:
     kl_coef: float = 0.0
     """beta of the penalty beta * KL(old, new); its first value with kl-target (0: starts at 1)"""
     kl_target: FloatOrNone = None
-    """KL at which beta is held: it doubles above 1.5 x this and halves below this / 1.5"""
+    """KL after an update that beta aims at: it doubles above 1.5 x this, halves below this / 1.5"""
     target_kl: FloatOrNone = None
     """an epoch whose mean approximate KL is above this is the policy's last"""
     ref_checkpoint: StrOrNone = None
@@ -214,7 +216,8 @@ class Args:
 PIXEL_DEFAULTS = dict(num_envs=8, total_timesteps=10_000_000, clip_coef=0.1, shared_network=True)
 ACTIVATIONS = dict(tanh=nn.Tanh, relu=nn.ReLU, elu=nn.ELU, gelu=nn.GELU, silu=nn.SiLU)
 RANGES = {  # smallest and largest value of the flags
-    (1, 2**31): "num_envs num_steps num_minibatches update_epochs eval_episodes torch_threads",
+    (1, 2**31): "num_envs num_steps num_minibatches update_epochs eval_episodes",
+    (1, 1024): "torch_threads",
     (0, 2**31): "seed checkpoint_every critic_epochs critic_warmup_iterations",
     (0, 1): "gamma gae_lambda",
     (0, 1e9): "ent_coef ent_coef_final vf_coef kl_coef ref_kl_coef learning_rate "
@@ -242,7 +245,7 @@ def parse_args(default: Args | None = None) -> Args:
     out = io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-            return tyro.cli(Args, default=default, description="")
+            args = tyro.cli(Args, default=default, description="")
     except SystemExit as stop:
         text = out.getvalue()
         if stop.code:
@@ -252,6 +255,10 @@ def parse_args(default: Args | None = None) -> Args:
             text = re.sub(rf"(?m)^  --{flag}(?=[ ,])", rf"\n {title}\n\g<0>", text)
         print(f"{__doc__}\n{text}")
         raise
+    for name, value in vars(args).items():
+        if value == "":
+            fail(f"--{name.replace('_', '-')}: is empty")
+    return args
 
 
 def check_args(args: Args) -> None:
@@ -451,6 +458,8 @@ def make_envs(args: Args, num_envs: int, seed: int, video_dir: str | None = None
         raise ValueError(f"autoreset mode {mode}; it must be SAME_STEP or NEXT_STEP")
     if is_flat(envs.single_observation_space):
         return envs
+    envs, single = gym.vector.VectorWrapper(envs), envs.single_observation_space
+    envs.observation_space = batch_space(single, num_envs)  # envpool's is the single one
     return gym.wrappers.vector.FlattenObservation(envs)
 
 
@@ -748,7 +757,7 @@ class Rollout:
         self.rows = list(zip(self.obs[:-1], self.obs[1:], self.actions, strict=True))
         self.rewards, self.lives = np.zeros((steps, n)), np.zeros((rows, n), np.int64)
         self.terminated, self.truncated = np.zeros((2, steps, n), bool)
-        self.valid = np.ones((rows, n), bool)
+        self.valid = np.ones((rows, n), bool)  # not where NEXT_STEP resets
         self.final_obs: list[tuple[int, int, np.ndarray]] = []
         self.so_far = np.zeros((2, n))  # return and length of the episodes under way
         self.discounted = torch.zeros(n, device=device)  # their discounted returns
@@ -757,8 +766,11 @@ class Rollout:
         self.values = torch.zeros(0)  # [B] of `make_batch`, in units of the rewards
         seeds = {} if args.vectorization == "envpool" else {"seed": seed}
         obs, infos = attempt(envs, envs.reset, **seeds)
-        self.obs[-1], self.lives[-1] = torch.as_tensor(obs), infos.get("lives", 0)
-        self.atari = agent.pixels and "lives" in infos
+        self.obs[-1] = torch.from_numpy(np.ascontiguousarray(obs))
+        games = is_atari(args) or args.vectorization == "envpool"
+        self.atari = games and agent.pixels and "lives" in infos
+        if self.atari:
+            self.lives[-1] = infos["lives"]
 
 
 @torch.inference_mode()
@@ -779,13 +791,14 @@ def collect(agent: Agent, envs: VectorEnv, rollout: Rollout, interrupted: list[i
             rollout.stuck = t, str(error)
             return
         seen, rewards, terminated, truncated, infos = step
-        next_obs.copy_(torch.from_numpy(seen))
+        next_obs.copy_(torch.from_numpy(np.ascontiguousarray(seen)))
         rollout.rewards[t] = rewards
         rollout.terminated[t], rollout.truncated[t] = terminated, truncated
         if "final_obs" in infos:
             ends = np.flatnonzero(truncated & ~terminated)
             rollout.final_obs += [(t, n, infos["final_obs"][n]) for n in ends]
-        rollout.lives[t + 1] = infos.get("lives", 0)
+        if rollout.atari:
+            rollout.lives[t + 1] = infos["lives"]
     if envs.metadata["autoreset_mode"] == AutoresetMode.NEXT_STEP:
         rollout.valid[1:] = ~(rollout.terminated | rollout.truncated)
 
@@ -1169,10 +1182,9 @@ def update(
             advantages = standardize(advantages.view(scope), weights.view(scope)).view(shape)
         epoch_rows = epoch_rows._replace(advantages=advantages, weights=normalize(weights))
         trained = optimizer.critic if alone else optimizer.parameters
-        weights = critic_coefs if alone else coefs
-        seen = []
+        minibatch_coefs, seen = critic_coefs if alone else coefs, []
         for minibatch in map(Batch._make, zip(*epoch_rows, strict=True)):
-            gradient, outputs = gradient_of(agent, trained, minibatch, weights, args)
+            gradient, outputs = gradient_of(agent, trained, minibatch, minibatch_coefs, args)
             norms.append(clip_norm(all_sum(gradient), args.max_grad_norm))
             seen.append(outputs)
             optimizer.step(gradient)
@@ -1255,7 +1267,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 def load_checkpoint(flag: str, name: str) -> dict[str, Any]:
     """Checkpoint of a run, named by its directory or file; runs no code that it may hold."""
-    path = Path(name) / "checkpoint.pt" if Path(name).is_dir() else Path(name)
+    path = Path(name, "checkpoint.pt") if os.path.isdir(name) else Path(name)
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():
@@ -1336,7 +1348,10 @@ def train(
     num_iterations = args.total_timesteps // batch_size
     optimizer = Adam(agent, args)
     if state:
-        optimizer.load_state_dict(state["optimizer"])
+        try:
+            optimizer.load_state_dict(state["optimizer"])
+        except RuntimeError as error:
+            fail(f"--resume: the trained parameters differ: {error}")
         if len(state["rng"]) > RANK:
             torch.set_rng_state(state["rng"][RANK])
         if device.type == "cuda" and len(state["cuda_rng"]) > RANK:
@@ -1361,8 +1376,8 @@ def train(
         path = run_dir / "checkpoint.pt"
         together(f"cannot write to {run_dir}: ", 1, save_checkpoint, path, checkpoint)
 
-    interrupted: list[int] = []  # by these signals, this process
-    signals: list[int] = []  # those of all processes
+    interrupted: list[int] = []  # signals that this process received
+    received: list[int] = []  # by any process
 
     def interrupt(signum: int, _: Any) -> None:
         interrupted.append(signum)
@@ -1375,7 +1390,7 @@ def train(
     bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=silent)
     start_time = time.perf_counter()
 
-    left = (args.total_timesteps - step) // batch_size
+    left = (args.total_timesteps - step) // batch_size  # a resumed run's batch may be another
     for iteration in range(num_iterations - left, num_iterations):
         ent_coef = schedule(optimizer, args, iteration, num_iterations)
         coefs = [1.0, args.vf_coef, -ent_coef, beta, args.ref_kl_coef]
@@ -1384,8 +1399,8 @@ def train(
         broken = find_broken(rollout, step)
         report = interrupted[:], broken, [] if broken else finished_episodes(rollout)
         reports = zip(*gather(report), strict=True)
-        signals, broken, episodes = (list(chain(*lists)) for lists in reports)
-        if signals:
+        received, broken, episodes = (list(chain(*lists)) for lists in reports)
+        if received:
             break
         if broken:
             fail(broken[0], 1)
@@ -1411,7 +1426,7 @@ def train(
         if writer:
             log(writer, step, scalars)
         bar.update(batch_size)
-        if args.kl_target is not None:
+        if args.kl_target is not None and not warmup:
             dists = evaluate_rows(agent, batch.obs)[0]
             kl = all_sum(agent.kl_divergence(batch.dists, dists) @ normalize(batch.weights)).item()
             beta *= 2.0 if kl > 1.5 * args.kl_target else 0.5 if kl < args.kl_target / 1.5 else 1.0
@@ -1428,8 +1443,8 @@ def train(
     bar.close()
     if writer:
         writer.close()
-    if signals:
-        raise SystemExit(128 + signals[0])
+    if received:
+        raise SystemExit(128 + received[0])
     mean = f"{np.mean(returns):.2f}" if returns else "unknown"
     if RANK == 0:
         print(f"{run_dir}: mean return of the last {len(returns)} episodes {mean}, {speed:.0f} SPS")
@@ -1525,9 +1540,10 @@ def main() -> None:
         args.run_dir = args.run_dir.replace(f"{{{name}}}", str(value))
     if set("{}") & set(args.run_dir):
         fail(f"--run-dir {args.run_dir}: only {' '.join(names)} may stand in braces")
-    own = bool(state) and Path(args.run_dir).resolve() == Path(state["args"].run_dir).resolve()
-    args.run_dir = state["args"].run_dir if own else args.run_dir
-    if not own and Path(args.run_dir, "args.json").exists():
+    real, saved_dir = os.path.realpath, state["args"].run_dir if state else None
+    own = bool(state) and real(args.run_dir) == real(saved_dir)
+    args.run_dir = saved_dir if own else args.run_dir
+    if not own and os.path.exists(f"{args.run_dir}/args.json"):
         fail(f"--run-dir {args.run_dir}: holds a run; --resume it or name another directory")
     videos = f"videos/from-{step}" if args.resume else "videos"
     video_dir = f"{args.run_dir}/{videos}" if args.capture_video and RANK == 0 else None

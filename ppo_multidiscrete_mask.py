@@ -7,7 +7,7 @@ evaluate   python ppo_multidiscrete_mask.py --eval runs/RUN --eval-episodes 20 [
 scale out  torchrun --nproc-per-node 4 ppo_multidiscrete_mask.py --num-envs 32
 
 Where to edit: networks and distribution in `Agent`, the objective in `ppo_loss`, environments and
-their preprocessing in `make_env`, the default environment in `TaxiDispatch`, schedules in
+their preprocessing in `make_env`, the default environment in `TaxiDispatch`, learning rates in
 `schedule`. A copy under another name runs as it is.
 
 Shapes: T = num_steps, N = num_envs of this process, B = T * N rows of a rollout, K =
@@ -52,6 +52,7 @@ import torch.nn.functional as F
 import tyro
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector.utils import batch_space
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor, distributed, nn
 from torch.utils.tensorboard import SummaryWriter
@@ -140,7 +141,7 @@ class Args:
     clip_reward: FloatOrNone = 10.0
     """normalised rewards are clipped to plus or minus this"""
     norm_value: Literal["none", "running", "popart"] = "none"
-    """the critic predicts standardised targets; popart also keeps its outputs as they were"""
+    """the critic predicts standardised targets; popart also rescales its last layer with them"""
     norm_adv: bool = True
     """standardise advantages"""
     norm_adv_scope: Literal["minibatch", "batch"] = "minibatch"
@@ -164,7 +165,7 @@ class Args:
     kl_coef: float = 0.0
     """beta of the penalty beta * KL(old, new); its first value with kl-target (0: starts at 1)"""
     kl_target: FloatOrNone = None
-    """KL at which beta is held: it doubles above 1.5 x this and halves below this / 1.5"""
+    """KL after an update that beta aims at: it doubles above 1.5 x this, halves below this / 1.5"""
     target_kl: FloatOrNone = None
     """an epoch whose mean approximate KL is above this is the policy's last"""
     ref_checkpoint: StrOrNone = None
@@ -220,7 +221,8 @@ class Args:
 PIXEL_DEFAULTS = dict(shared_network=True)
 ACTIVATIONS = dict(tanh=nn.Tanh, relu=nn.ReLU, elu=nn.ELU, gelu=nn.GELU, silu=nn.SiLU)
 RANGES = {  # smallest and largest value of the flags
-    (1, 2**31): "num_envs num_steps num_minibatches update_epochs eval_episodes torch_threads",
+    (1, 2**31): "num_envs num_steps num_minibatches update_epochs eval_episodes",
+    (1, 1024): "torch_threads",
     (0, 2**31): "seed checkpoint_every critic_epochs critic_warmup_iterations",
     (0, 1): "gamma gae_lambda",
     (0, 1e9): "ent_coef ent_coef_final vf_coef kl_coef ref_kl_coef learning_rate "
@@ -248,7 +250,7 @@ def parse_args(default: Args | None = None) -> Args:
     out = io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-            return tyro.cli(Args, default=default, description="")
+            args = tyro.cli(Args, default=default, description="")
     except SystemExit as stop:
         text = out.getvalue()
         if stop.code:
@@ -258,6 +260,10 @@ def parse_args(default: Args | None = None) -> Args:
             text = re.sub(rf"(?m)^  --{flag}(?=[ ,])", rf"\n {title}\n\g<0>", text)
         print(f"{__doc__}\n{text}")
         raise
+    for name, value in vars(args).items():
+        if value == "":
+            fail(f"--{name.replace('_', '-')}: is empty")
+    return args
 
 
 def check_args(args: Args) -> None:
@@ -593,6 +599,8 @@ def make_envs(args: Args, num_envs: int, seed: int, video_dir: str | None = None
     envs = VectorMaskInfo(envs)
     if is_flat(envs.single_observation_space):
         return envs
+    envs, single = gym.vector.VectorWrapper(envs), envs.single_observation_space
+    envs.observation_space = batch_space(single, num_envs)  # envpool's is the single one
     return gym.wrappers.vector.FlattenObservation(envs)
 
 
@@ -774,7 +782,7 @@ class Chain(nn.Sequential):
     __call__ = forward
 
 
-MASKED = -1e8  # logit of a choice that a mask forbids
+MASKED = -1e8  # logit of what a mask forbids; -inf would make the gradient NaN
 
 
 class Agent(nn.Module):
@@ -793,12 +801,12 @@ class Agent(nn.Module):
         one_head = isinstance(action_space, spaces.Discrete)
         self.nvec = np.ravel(action_space.n if one_head else action_space.nvec).tolist()
         self.action_shape, self.action_dtype = (len(self.nvec),), torch.int64
-        self.start, self.space_shape = np.ravel(action_space.start), action_space.shape
-        starts, self.mask = torch.tensor([0, *self.nvec[:-1]]).cumsum(0), args.mask
-        self.register_buffer("starts", starts, persistent=False)
+        self.first_action, self.space_shape = np.ravel(action_space.start), action_space.shape
+        offsets, self.mask = torch.tensor([0, *self.nvec[:-1]]).cumsum(0), args.mask
+        self.register_buffer("offsets", offsets, persistent=False)  # of the heads in D
         # places of each head's choices, the last one again up to the widest head's number
         widest = torch.arange(max(self.nvec)).minimum(torch.tensor(self.nvec).unsqueeze(1) - 1)
-        places = (starts.unsqueeze(1) + widest).flatten()
+        places = (offsets.unsqueeze(1) + widest).flatten()
         self.register_buffer("places", places, persistent=False)
         # score of what a mask forbids
         self.register_buffer("never", torch.tensor(-torch.inf), persistent=False)
@@ -880,7 +888,7 @@ class Agent(nn.Module):
 
     def draw_noise(self, *shape: int) -> Tensor:
         """Gumbel noise [*shape, D]: the argmax of logits plus it is a draw from their softmax."""
-        noise = torch.empty(*shape, sum(self.nvec), device=self.starts.device)
+        noise = torch.empty(*shape, sum(self.nvec), device=self.offsets.device)
         return noise.exponential_().log_().neg_()
 
     def sample(self, logits: Tensor, masks: Tensor, noise: Tensor | float) -> tuple[Tensor, ...]:
@@ -904,21 +912,25 @@ class Agent(nn.Module):
 
     def log_prob(self, dist: Tensor, actions: Tensor) -> Tensor:
         """Log-probs [...] of actions [..., H] under log-probs [..., D], summed over the heads."""
-        return dist.gather(-1, actions + self.starts).sum(-1)
+        return dist.gather(-1, actions + self.offsets).sum(-1)
 
     @staticmethod
     def entropy(dist: Tensor) -> Tensor:
-        """Entropies [...] in nats of log-probs [..., D], summed over the heads."""
+        """Entropies [...] in nats of log-probs [..., D], summed over the heads.
+
+        Under conditional masks it is that of the path taken: right in the mean, but its gradient
+        leaves out how the first choice selects the path; and so with `kl_divergence`.
+        """
         return -(dist.exp() * dist).sum(-1)
 
     @staticmethod
     def kl_divergence(p: Tensor, q: Tensor) -> Tensor:
-        """Exact KL(p, q) [...] in nats between log-probs [..., D], summed over the heads."""
+        """KL(p, q) [...] in nats between log-probs [..., D], exact and summed over the heads."""
         return (p.exp() * (p - q)).sum(-1)
 
     def to_env(self, actions: Tensor) -> np.ndarray:
         """Actions [n, H] as the environment takes them."""
-        return (actions.cpu().numpy() + self.start).reshape(-1, *self.space_shape)
+        return (actions.cpu().numpy() + self.first_action).reshape(-1, *self.space_shape)
 
     @torch.no_grad()
     def advance_value_norm(self, targets: Tensor, popart: bool) -> None:
@@ -948,7 +960,7 @@ class Rollout:
         self.rows = list(zip(self.obs[:-1], self.obs[1:], self.actions, strict=True))
         self.rewards, self.lives = np.zeros((steps, n)), np.zeros((rows, n), np.int64)
         self.terminated, self.truncated = np.zeros((2, steps, n), bool)
-        self.valid = np.ones((rows, n), bool)
+        self.valid = np.ones((rows, n), bool)  # not where NEXT_STEP resets
         self.final_obs: list[tuple[int, int, np.ndarray]] = []
         self.so_far = np.zeros((2, n))  # return and length of the episodes under way
         self.discounted = torch.zeros(n, device=device)  # their discounted returns
@@ -957,8 +969,11 @@ class Rollout:
         self.values = torch.zeros(0)  # [B] of `make_batch`, in units of the rewards
         seeds = {} if args.vectorization == "envpool" else {"seed": seed}
         obs, infos = attempt(envs, envs.reset, **seeds)
-        self.obs[-1], self.lives[-1] = torch.as_tensor(obs), infos.get("lives", 0)
-        self.atari = agent.pixels and "lives" in infos
+        self.obs[-1] = torch.from_numpy(np.ascontiguousarray(obs))
+        games = is_atari(args) or args.vectorization == "envpool"
+        self.atari = games and agent.pixels and "lives" in infos
+        if self.atari:
+            self.lives[-1] = infos["lives"]
         found = infos.get("action_mask", np.ones((n, sum(agent.nvec)), bool))
         self.masked = "action_mask" in infos
         self.masks = np.repeat(np.asarray(found, bool)[None], rows, 0)  # as the environment gives
@@ -1002,15 +1017,20 @@ def collect(agent: Agent, envs: VectorEnv, rollout: Rollout, interrupted: list[i
             rollout.stuck = t, str(error)
             return
         seen, rewards, terminated, truncated, infos = step
-        next_obs.copy_(torch.from_numpy(seen))
+        next_obs.copy_(torch.from_numpy(np.ascontiguousarray(seen)))
         rollout.rewards[t] = rewards
         rollout.terminated[t], rollout.truncated[t] = terminated, truncated
         if "final_obs" in infos:
             ends = np.flatnonzero(truncated & ~terminated)
             rollout.final_obs += [(t, n, infos["final_obs"][n]) for n in ends]
-        rollout.lives[t + 1] = infos.get("lives", 0)
+        if rollout.atari:
+            rollout.lives[t + 1] = infos["lives"]
         if ("action_mask" in infos) != rollout.masked:
             rollout.stuck = t, "there are masks after steps but not after resets, or the reverse,"
+            return
+        shape = rollout.masks[t].shape
+        if rollout.masked and np.shape(infos["action_mask"]) != shape:
+            rollout.stuck = t, f"masks {np.shape(infos['action_mask'])} in place of {shape}"
             return
         keep_masks(rollout, t + 1, infos, terminated | truncated)
     if rollout.next_step:
@@ -1035,7 +1055,7 @@ def invalid_fraction(agent: Agent, rollout: Rollout) -> float:
     valid = torch.as_tensor(rollout.valid[:-1])
     masks, actions = torch.as_tensor(rollout.masks[:-1])[valid], rollout.actions.cpu()[valid]
     masks = agent.path(masks, actions[:, 0])
-    allowed = masks.gather(-1, actions + agent.starts.cpu())
+    allowed = masks.gather(-1, actions + agent.offsets.cpu())
     invalid = int((~allowed).any(-1).sum())
     counts = all_sum(torch.tensor([invalid, len(actions)], device=rollout.obs.device)).tolist()
     return counts[0] / max(counts[1], 1)
@@ -1411,10 +1431,9 @@ def update(
             advantages = standardize(advantages.view(scope), weights.view(scope)).view(shape)
         epoch_rows = epoch_rows._replace(advantages=advantages, weights=normalize(weights))
         trained = optimizer.critic if alone else optimizer.parameters
-        weights = critic_coefs if alone else coefs
-        seen = []
+        minibatch_coefs, seen = critic_coefs if alone else coefs, []
         for minibatch in map(Batch._make, zip(*epoch_rows, strict=True)):
-            gradient, outputs = gradient_of(agent, trained, minibatch, weights, args)
+            gradient, outputs = gradient_of(agent, trained, minibatch, minibatch_coefs, args)
             norms.append(clip_norm(all_sum(gradient), args.max_grad_norm))
             seen.append(outputs)
             optimizer.step(gradient)
@@ -1497,7 +1516,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 def load_checkpoint(flag: str, name: str) -> dict[str, Any]:
     """Checkpoint of a run, named by its directory or file; runs no code that it may hold."""
-    path = Path(name) / "checkpoint.pt" if Path(name).is_dir() else Path(name)
+    path = Path(name, "checkpoint.pt") if os.path.isdir(name) else Path(name)
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():
@@ -1578,7 +1597,10 @@ def train(
     num_iterations = args.total_timesteps // batch_size
     optimizer = Adam(agent, args)
     if state:
-        optimizer.load_state_dict(state["optimizer"])
+        try:
+            optimizer.load_state_dict(state["optimizer"])
+        except RuntimeError as error:
+            fail(f"--resume: the trained parameters differ: {error}")
         if len(state["rng"]) > RANK:
             torch.set_rng_state(state["rng"][RANK])
         if device.type == "cuda" and len(state["cuda_rng"]) > RANK:
@@ -1603,8 +1625,8 @@ def train(
         path = run_dir / "checkpoint.pt"
         together(f"cannot write to {run_dir}: ", 1, save_checkpoint, path, checkpoint)
 
-    interrupted: list[int] = []  # by these signals, this process
-    signals: list[int] = []  # those of all processes
+    interrupted: list[int] = []  # signals that this process received
+    received: list[int] = []  # by any process
 
     def interrupt(signum: int, _: Any) -> None:
         interrupted.append(signum)
@@ -1617,7 +1639,7 @@ def train(
     bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=silent)
     start_time = time.perf_counter()
 
-    left = (args.total_timesteps - step) // batch_size
+    left = (args.total_timesteps - step) // batch_size  # a resumed run's batch may be another
     for iteration in range(num_iterations - left, num_iterations):
         ent_coef = schedule(optimizer, args, iteration, num_iterations)
         coefs = [1.0, args.vf_coef, -ent_coef, beta, args.ref_kl_coef]
@@ -1626,8 +1648,8 @@ def train(
         broken = find_broken(rollout, step)
         report = interrupted[:], broken, [] if broken else finished_episodes(rollout)
         reports = zip(*gather(report), strict=True)
-        signals, broken, episodes = (list(chain(*lists)) for lists in reports)
-        if signals:
+        received, broken, episodes = (list(chain(*lists)) for lists in reports)
+        if received:
             break
         if broken:
             fail(broken[0], 1)
@@ -1654,7 +1676,7 @@ def train(
         if writer:
             log(writer, step, scalars)
         bar.update(batch_size)
-        if args.kl_target is not None:
+        if args.kl_target is not None and not warmup:
             dists = evaluate_rows(agent, batch.obs, batch.masks)[0]
             kl = all_sum(agent.kl_divergence(batch.dists, dists) @ normalize(batch.weights)).item()
             beta *= 2.0 if kl > 1.5 * args.kl_target else 0.5 if kl < args.kl_target / 1.5 else 1.0
@@ -1671,8 +1693,8 @@ def train(
     bar.close()
     if writer:
         writer.close()
-    if signals:
-        raise SystemExit(128 + signals[0])
+    if received:
+        raise SystemExit(128 + received[0])
     mean = f"{np.mean(returns):.2f}" if returns else "unknown"
     if RANK == 0:
         print(f"{run_dir}: mean return of the last {len(returns)} episodes {mean}, {speed:.0f} SPS")
@@ -1788,9 +1810,10 @@ def main() -> None:
         args.run_dir = args.run_dir.replace(f"{{{name}}}", str(value))
     if set("{}") & set(args.run_dir):
         fail(f"--run-dir {args.run_dir}: only {' '.join(names)} may stand in braces")
-    own = bool(state) and Path(args.run_dir).resolve() == Path(state["args"].run_dir).resolve()
-    args.run_dir = state["args"].run_dir if own else args.run_dir
-    if not own and Path(args.run_dir, "args.json").exists():
+    real, saved_dir = os.path.realpath, state["args"].run_dir if state else None
+    own = bool(state) and real(args.run_dir) == real(saved_dir)
+    args.run_dir = saved_dir if own else args.run_dir
+    if not own and os.path.exists(f"{args.run_dir}/args.json"):
         fail(f"--run-dir {args.run_dir}: holds a run; --resume it or name another directory")
     videos = f"videos/from-{step}" if args.resume else "videos"
     video_dir = f"{args.run_dir}/{videos}" if args.capture_video and RANK == 0 else None

@@ -269,6 +269,37 @@ def test_a_reference_of_another_distribution_is_refused(main: Callable, tmp_path
     assert not (tmp_path / "s").exists()
 
 
+@pytest.mark.parametrize(
+    "first, then, said",
+    [
+        ("--std fixed", "--resume r --std independent", "--resume: the trained parameters differ"),
+        ("--std independent", "--resume r --std fixed", "--resume: the trained parameters differ"),
+        ("--std state", "--resume r --distribution beta", "--resume: its distribution is gaussian"),
+        ("--std state", "--eval r --distribution beta", "--eval: its distribution is gaussian"),
+    ],
+)
+def test_a_checkpoint_of_another_policy_is_refused(
+    first: str, then: str, said: str, main: Callable, tmp_path: Path
+) -> None:
+    flags = [*SHORT, "--total-timesteps", 64, *first.split()]
+    assert main(*flags, "--run-dir", "r", module=ppo)[0] == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "r").iterdir()}
+    more = () if "eval" in then else ("--total-timesteps", 4096)
+    code, _, err = main(*then.split(), *more, module=ppo)
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith(f"error: {said}")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "r").iterdir()} == before
+
+
+def test_bounds_in_double_precision() -> None:
+    """The deviation of a beta is in the precision of the networks."""
+    space = spaces.Box(-2, 2, (2,), np.float64)
+    agent, dist = make_agent(space, distribution="beta"), torch.full((5, 4), 2.0)
+    deviation = agent.deviation(dist)
+    assert deviation.dtype == torch.float32
+    torch.testing.assert_close(deviation, torch.full((5, 2), 4 * 0.05**0.5))
+
+
 class Broken(gym.Env):
     """Its third observation is not a number."""
 

@@ -132,7 +132,7 @@ class Bare(Scripted):
 class Lives(gym.Env):
     """Pixels; episodes of 2 steps, with rewards of 5, 0 and -5 in turn, and `lives` in the info."""
 
-    def __init__(self, lives: int, render_mode: None = None) -> None:
+    def __init__(self, lives: int | str, render_mode: None = None) -> None:
         self.observation_space = spaces.Box(0, 255, (1, 36, 36), np.uint8)
         self.action_space, self.lives, self.render_mode = spaces.Discrete(2), lives, render_mode
         self.total = 0
@@ -143,7 +143,8 @@ class Lives(gym.Env):
 
     def step(self, action: int) -> tuple:
         self.t, self.total = self.t + 1, self.total + 1
-        reward, info = (-5.0, 5.0, 0.0)[self.total % 3], {"lives": max(self.lives - self.t, 0)}
+        reward, left = (-5.0, 5.0, 0.0)[self.total % 3], self.lives
+        info = {"lives": left if isinstance(left, str) else max(left - self.t, 0)}
         return np.zeros((1, 36, 36), np.uint8), reward, self.t == 2, False, info
 
 
@@ -460,7 +461,37 @@ def test_episodes_of_cartpole(mode: str) -> None:
     envs.close()
 
 
+@pytest.mark.parametrize("env_id", ["FrozenLake-v1", "Taxi-v3"])
+def test_numbers_that_envpool_observes_are_one_hot(env_id: str) -> None:
+    pytest.importorskip("envpool")
+    args = make_args(env_id, "envpool", num_envs=3, num_steps=8)
+    rows = play(args, 1)[1][0][0].obs
+    assert rows.shape == (9, 3, {"FrozenLake-v1": 16, "Taxi-v3": 500}[env_id])
+    assert set(rows.flatten().tolist()) == {0, 1}
+    assert (rows.sum(-1) == 1).all()
+
+
 # ---- observations and actions
+
+
+def test_observations_in_reverse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A vector environment may return views of its arrays with negative strides."""
+    args = make_args("CartPole-v1", "native", num_envs=3, num_steps=4)
+    envs = ppo.make_envs(args, 3, SEED)
+    for name in ("reset", "step"):
+        call = getattr(envs, name)
+
+        def turned(*given: Any, call: Callable = call, **kwargs: Any) -> tuple:
+            obs, *others = call(*given, **kwargs)
+            return obs[::-1], *others
+
+        monkeypatch.setattr(envs, name, turned)
+    rollout = ppo.Rollout(args, make_agent(args, envs), envs, SEED)
+    expected, _ = gym.make_vec("CartPole-v1", 3, "vector_entry_point").reset(seed=SEED)
+    np.testing.assert_array_equal(rollout.obs[-1], expected[::-1])
+    ppo.collect(make_agent(args, envs), envs, rollout, [])
+    assert rollout.stuck is None
+    assert len(rollout.obs.unique(dim=0)) == 5
 
 
 @pytest.mark.parametrize("mode", ["sync", "native"])
@@ -638,7 +669,18 @@ def test_each_environment_gets_its_own_seed(mode: str) -> None:
 # ---- Atari
 
 
-def test_lost_lives_and_signs_of_rewards() -> None:
+@pytest.fixture
+def game(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have Lives-v0 taken for one of Atari's games, preprocessed as it is."""
+
+    def make_env(args: ppo.Args, video_dir: None) -> gym.Env:
+        return ppo.Guard(gym.make(args.env_id, **json.loads(args.env_kwargs)))
+
+    monkeypatch.setattr(ppo, "make_env", make_env)
+    monkeypatch.setattr(ppo, "is_atari", lambda args: True)
+
+
+def test_lost_lives_and_signs_of_rewards(game: None) -> None:
     """Lives 3, 2, 1 then 3 again: only the drop ends the chain; rewards of 5 count as 1."""
     args = make_args("Lives-v0", num_envs=1, num_steps=4, env_kwargs={"lives": 3})
     agent, [(rollout, episodes)] = play(args, 1)
@@ -653,7 +695,7 @@ def test_lost_lives_and_signs_of_rewards() -> None:
         assert not truncated.any()
 
 
-def test_signs_of_rewards_without_lives() -> None:
+def test_signs_of_rewards_without_lives(game: None) -> None:
     """Games without lives (Bowling, Skiing) report 0 all the time."""
     args = make_args("Lives-v0", num_envs=1, num_steps=4, env_kwargs={"lives": 0})
     agent, [(rollout, _)] = play(args, 1)
@@ -663,11 +705,21 @@ def test_signs_of_rewards_without_lives() -> None:
 
 
 def test_rewards_of_other_pixels_stay() -> None:
-    args = make_args("Sampled-v0", num_envs=1, num_steps=4, env_kwargs={"space": "channels last"})
+    """With lives, too: they are Atari's only where the game is."""
+    args = make_args("Lives-v0", num_envs=1, num_steps=4, env_kwargs={"lives": 3})
     agent, [(rollout, _)] = play(args, 1)
-    rollout.rewards[:, 0] = [7, -7, 0.5, 0]
-    rewards = ppo.learning_signals(agent, rollout, args)[0]
-    assert rewards[:, 0].tolist() == [7, -7, 0.5, 0]
+    rewards, terminated, _ = ppo.learning_signals(agent, rollout, args)
+    assert rewards[:, 0].tolist() == [5, 0, -5, 5]
+    assert terminated[:, 0].tolist() == [False, True, False, True]
+
+
+def test_lives_that_are_no_number() -> None:
+    """Of several players, say: nobody's business outside of Atari."""
+    args = make_args("Lives-v0", num_envs=1, num_steps=4, env_kwargs={"lives": "many"})
+    [(rollout, episodes)] = play(args, 1)[1]
+    assert rollout.stuck is None
+    assert episodes == [(5.0, 2), (0.0, 2)]
+    assert not rollout.lives.any()
 
 
 @pytest.mark.parametrize(

@@ -232,6 +232,13 @@ WRONG = [
     (["--run-dir", "runs/{env"], ["--run-dir", "{env"]),
     (["--run-dir", "a-file/run"], ["--run-dir", "a-file/run"]),
     (["--run-dir", "run"], ["--run-dir run", "holds a run"]),
+    (["--run-dir", "x" * 300], ["--run-dir xxx", "too long"]),
+    (["--run-dir", ""], ["--run-dir", "empty"]),
+    (["--eval", ""], ["--eval", "empty"]),
+    (["--resume", ""], ["--resume", "empty"]),
+    (["--ref-checkpoint", ""], ["--ref-checkpoint", "empty"]),
+    (["--resume", "x" * 300], ["--resume xxx", "too long"]),
+    (["--torch-threads", "100000"], ["--torch-threads 100000", "1024"]),
     (["--run-dir", "killed"], ["--run-dir killed", "holds a run"]),  # before its first checkpoint
     # checkpoints
     (["--resume", "missing"], ["--resume missing"]),

@@ -354,7 +354,8 @@ class Odd(gym.Env):
     """Three steps of two heads that may only choose 1 of three; `form` is how the mask is given.
 
     `tuple`: one mask a head, as `MultiDiscrete.sample` takes them; `late` and `early`: only after
-    steps, or only after resets; `raises`: reset fails; `lonely`: nothing beside it.
+    steps, or only after resets; `wider`: by one choice after steps; `raises`: reset fails;
+    `lonely`: nothing beside it.
     """
 
     def __init__(self, form: str, render_mode: None = None) -> None:
@@ -374,6 +375,8 @@ class Odd(gym.Env):
     def look(self, missing: str) -> dict:
         head = np.array([0, 1, 0], np.int8)
         whole = (head, head) if self.form == "tuple" else np.concatenate((head, head))
+        if self.form == "wider" and missing == "early":
+            whole = np.append(whole, 1)
         return {} if self.form == missing else {"action_mask": whole}
 
     def step(self, action: np.ndarray) -> tuple:
@@ -399,6 +402,11 @@ def test_masks_at_some_times_only(train: Callable, form: str) -> None:
     assert (code, out) == (1, "")
     assert err.startswith("error: there are masks after steps but not after resets")
     assert err.count("\n") == 1
+
+
+def test_masks_that_change_shape(train: Callable) -> None:
+    code, out, err = train("--num-steps", 32, "--num-envs", 4, env_id="Odd-v0", form="wider")
+    assert (code, out, err) == (1, "", "error: masks (4, 7) in place of (4, 6) at step 0\n")
 
 
 def test_environment_without_observations(train: Callable) -> None:

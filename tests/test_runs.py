@@ -453,6 +453,12 @@ def test_beta_goes_on(train: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     assert curve("charts/kl_coef", "s") == [0.25] * ITERATIONS
 
 
+def test_beta_waits_for_the_policy(train: Callable) -> None:
+    """While the critic warms up there is no KL to aim at a target."""
+    train(f"{FLAGS} {TOTAL} --kl-target 0.1 --learning-rate 0 --critic-warmup-iterations 2")
+    assert curve("charts/kl_coef") == [1, 1] + [0.5**i for i in range(ITERATIONS - 2)]
+
+
 def test_reference_policy(train: Callable) -> None:
     """A weight on the KL to a reference pulls the policy to it, which stays as it is."""
     train(f"{FLAGS} --total-timesteps 2048 --learning-rate 0.01 --run-dir ref --seed 2")

@@ -32,6 +32,8 @@ EXTRA = {
     ("ppo_continuous.py", "main"): (
         "if saved['args'].distribution != args.distribution:\n    "
         "fail(f\"--ref-checkpoint: its distribution is {saved['args'].distribution}\")",
+        "if state['args'].distribution != args.distribution:\n    "
+        "fail(f\"--{flag}: its distribution is {state['args'].distribution}\")",
     ),
     ("ppo_multidiscrete_mask.py", "make_envs"): ("envs = VectorMaskInfo(envs)",),
     ("ppo_multidiscrete_mask.py", "Rollout"): (
@@ -54,6 +56,9 @@ EXTRA = {
         "(t, f'the mask of environment {n} allows no choice of head {head}')\n    return",
         "if ('action_mask' in infos) != rollout.masked:\n    rollout.stuck = "
         "(t, 'there are masks after steps but not after resets, or the reverse,')\n    return",
+        "shape = rollout.masks[t].shape",
+        "if rollout.masked and np.shape(infos['action_mask']) != shape:\n    rollout.stuck = "
+        "(t, f\"masks {np.shape(infos['action_mask'])} in place of {shape}\")\n    return",
         "keep_masks(rollout, t + 1, infos, terminated | truncated)",
     ),
     ("ppo_multidiscrete_mask.py", "Batch"): ("masks: Tensor",),
