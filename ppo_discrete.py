@@ -42,6 +42,7 @@ from typing import Annotated, Any, Literal, NamedTuple, NoReturn
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C during the imports: no traceback
+    gc.disable()  # imports make much that lasts, and nothing that does not
 
 import gymnasium as gym
 import numpy as np
@@ -1407,7 +1408,9 @@ def train(
         rollout.signals = learning_signals(agent, rollout, args)
         batch = make_batch(agent, reference, rollout, args)
         warmup = iteration < args.critic_warmup_iterations
+        gc.disable()  # the first update may compile, which makes much that lasts, too
         metrics = update(agent, optimizer, rollout, batch, args, coefs, warmup)
+        gc.enable()
 
         step += batch_size
         scalars = describe(batch, rollout.values, metrics, agent.value_norm)
@@ -1434,7 +1437,7 @@ def train(
         if agent.norm_obs:
             agent.obs_norm.advance(batch.obs[batch.weights > 0])
         if step == first_step + batch_size:
-            gc.freeze()  # what imports and compiling made, no later collection need look through
+            gc.freeze()  # no later collection need look through what compiling made
         if args.checkpoint_every and (iteration + 1) % args.checkpoint_every == 0:
             save()
 
@@ -1566,6 +1569,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # no collection need look through what the imports made
+    gc.enable()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()

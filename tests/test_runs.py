@@ -1,6 +1,7 @@
 """Whole runs: repeatable, resumed, interrupted, broken off, evaluated."""
 
 import copy
+import gc
 import json
 import math
 import os
@@ -972,3 +973,43 @@ def test_freed_memory_is_kept() -> None:
     ]
     size = 2**26 // resource.getpagesize()  # of 12 times, a few come before there is a place
     assert pages[0] < 5 * size < 12 * size <= pages[1]
+
+
+COLLECTED = """
+import gc
+import gymnasium as gym
+
+class Watched(gym.Env):
+    observation_space, action_space = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(2)
+
+    def reset(self, **kwargs):
+        assert gc.isenabled() and gc.get_freeze_count() > 100_000
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        return *self.reset()[:1], 0.0, False, True, {}
+
+gym.register("Watched-v0", Watched)
+"""
+
+
+def test_garbage_is_collected(run: Callable, tmp_path: Path) -> None:
+    """While environments step; what the imports made is not looked through again."""
+    (tmp_path / "watched.py").write_text(COLLECTED)
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    start = "--env-id watched:Watched-v0 --num-steps 64 --no-progress --total-timesteps 512"
+    result = run(*start.split(), "--run-dir", "r", env=env)
+    assert (result.returncode, result.stderr) == (0, "")
+    result = run("--eval", "r", env=env)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_no_garbage_is_looked_for_in_updates(
+    train: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the first one the compiler makes hundreds of thousands of objects that stay."""
+    seen, update = [], ppo.update
+    monkeypatch.setattr(ppo, "update", lambda *args: seen.append(gc.isenabled()) or update(*args))
+    train(f"{FLAGS} {TOTAL}")
+    assert seen == [False] * ITERATIONS
+    assert gc.isenabled()
