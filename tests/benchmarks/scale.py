@@ -27,9 +27,9 @@ import ppo_continuous as script
 talk, log = script.talk, script.log
 spent, logged = [0.0, 0], []
 def timed(function):
-    def call(*args):
+    def call(*args, **kwargs):
         start = time.perf_counter()
-        result = function(*args)
+        result = function(*args, **kwargs)
         spent[0] += time.perf_counter() - start
         spent[1] += 1
         return result
