@@ -7,8 +7,7 @@ evaluate   python ppo_discrete.py --eval runs/RUN --eval-episodes 20 [--capture-
 scale out  torchrun --nproc-per-node 4 ppo_discrete.py --num-envs 32
 
 Where to edit: networks and distribution in `Agent`, the objective in `ppo_loss`, environments and
-their preprocessing in `make_env`, learning rates in `schedule`. A copy under another name runs as
-it is.
+their preprocessing in `make_env`, learning rates in `schedule`. A copy runs under any name.
 
 Shapes: T = num_steps, N = num_envs of this process, B = T * N rows of a rollout, K =
 num_minibatches, M = B / K rows of a minibatch, O and A = shapes of an observation and of an

@@ -8,7 +8,7 @@ scale out  torchrun --nproc-per-node 4 ppo_multidiscrete_mask.py --num-envs 32
 
 Where to edit: networks and distribution in `Agent`, the objective in `ppo_loss`, environments and
 their preprocessing in `make_env`, the default environment in `TaxiDispatch`, learning rates in
-`schedule`. A copy under another name runs as it is.
+`schedule`. A copy runs under any name.
 
 Shapes: T = num_steps, N = num_envs of this process, B = T * N rows of a rollout, K =
 num_minibatches, M = B / K rows of a minibatch, O and A = shapes of an observation and of an
