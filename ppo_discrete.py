@@ -757,7 +757,7 @@ class Rollout:
         self.rows = list(zip(self.obs[:-1], self.obs[1:], self.actions, strict=True))
         self.rewards, self.lives = np.zeros((steps, n)), np.zeros((rows, n), np.int64)
         self.terminated, self.truncated = np.zeros((2, steps, n), bool)
-        self.valid = np.ones((rows, n), bool)  # not where NEXT_STEP resets
+        self.valid = np.ones((rows, n), bool)  # False where NEXT_STEP resets
         self.final_obs: list[tuple[int, int, np.ndarray]] = []
         self.so_far = np.zeros((2, n))  # return and length of the episodes under way
         self.discounted = torch.zeros(n, device=device)  # their discounted returns
@@ -1043,8 +1043,9 @@ def measure(agent: Agent, batch: Batch, dists: Tensor, values: Tensor, args: Arg
     """
     logratio = agent.log_prob(dists, batch.actions) - batch.logprobs
     ratio, huber = logratio.exp(), args.value_loss == "huber"
-    kl, others = agent.kl_divergence(batch.dists, dists), batch.ref_dists
-    ref_kl = agent.kl_divergence(dists, others) if args.ref_checkpoint else torch.zeros_like(kl)
+    kl, ref_kl = agent.kl_divergence(batch.dists, dists), torch.zeros_like(ratio)
+    if args.ref_checkpoint:
+        ref_kl = agent.kl_divergence(dists, batch.ref_dists)
     rows = (
         policy_loss(ratio, batch.advantages, args.clip_coef, args.dual_clip_coef),
         value_loss(clip_values(values, batch, args), batch.targets, huber),
@@ -1182,7 +1183,8 @@ def update(
             advantages = standardize(advantages.view(scope), weights.view(scope)).view(shape)
         epoch_rows = epoch_rows._replace(advantages=advantages, weights=normalize(weights))
         trained = optimizer.critic if alone else optimizer.parameters
-        minibatch_coefs, seen = critic_coefs if alone else coefs, []
+        minibatch_coefs = critic_coefs if alone else coefs
+        seen = []
         for minibatch in map(Batch._make, zip(*epoch_rows, strict=True)):
             gradient, outputs = gradient_of(agent, trained, minibatch, minibatch_coefs, args)
             norms.append(clip_norm(all_sum(gradient), args.max_grad_norm))
@@ -1542,8 +1544,8 @@ def main() -> None:
         args.run_dir = args.run_dir.replace(f"{{{name}}}", str(value))
     if set("{}") & set(args.run_dir):
         fail(f"--run-dir {args.run_dir}: only {' '.join(names)} may stand in braces")
-    real, saved_dir = os.path.realpath, state["args"].run_dir if state else None
-    own = bool(state) and real(args.run_dir) == real(saved_dir)
+    saved_dir = state["args"].run_dir if state else None
+    own = bool(state) and os.path.realpath(args.run_dir) == os.path.realpath(saved_dir)
     args.run_dir = saved_dir if own else args.run_dir
     if not own and os.path.exists(f"{args.run_dir}/args.json"):
         fail(f"--run-dir {args.run_dir}: holds a run; --resume it or name another directory")

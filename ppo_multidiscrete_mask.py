@@ -961,7 +961,7 @@ class Rollout:
         self.rows = list(zip(self.obs[:-1], self.obs[1:], self.actions, strict=True))
         self.rewards, self.lives = np.zeros((steps, n)), np.zeros((rows, n), np.int64)
         self.terminated, self.truncated = np.zeros((2, steps, n), bool)
-        self.valid = np.ones((rows, n), bool)  # not where NEXT_STEP resets
+        self.valid = np.ones((rows, n), bool)  # False where NEXT_STEP resets
         self.final_obs: list[tuple[int, int, np.ndarray]] = []
         self.so_far = np.zeros((2, n))  # return and length of the episodes under way
         self.discounted = torch.zeros(n, device=device)  # their discounted returns
@@ -998,7 +998,7 @@ def collect(agent: Agent, envs: VectorEnv, rollout: Rollout, interrupted: list[i
     rollout.obs[0] = rollout.obs[-1]
     rollout.valid[0], rollout.lives[0] = rollout.valid[-1], rollout.lives[-1]
     rollout.final_obs.clear()
-    rollout.masks[0] = rollout.masks[-1]
+    rollout.masks[0], shape = rollout.masks[-1], rollout.masks.shape[1:]
     noise = agent.draw_noise(*rollout.rewards.shape)
     steps = zip(noise, rollout.rows, strict=True)
     for t, (draw, (obs, next_obs, actions, masks, allowed)) in enumerate(steps):
@@ -1029,7 +1029,6 @@ def collect(agent: Agent, envs: VectorEnv, rollout: Rollout, interrupted: list[i
         if ("action_mask" in infos) != rollout.masked:
             rollout.stuck = t, "there are masks after steps but not after resets, or the reverse,"
             return
-        shape = rollout.masks[t].shape
         if rollout.masked and np.shape(infos["action_mask"]) != shape:
             rollout.stuck = t, f"masks {np.shape(infos['action_mask'])} in place of {shape}"
             return
@@ -1293,8 +1292,9 @@ def measure(agent: Agent, batch: Batch, dists: Tensor, values: Tensor, args: Arg
     """
     logratio = agent.log_prob(dists, batch.actions) - batch.logprobs
     ratio, huber = logratio.exp(), args.value_loss == "huber"
-    kl, others = agent.kl_divergence(batch.dists, dists), batch.ref_dists
-    ref_kl = agent.kl_divergence(dists, others) if args.ref_checkpoint else torch.zeros_like(kl)
+    kl, ref_kl = agent.kl_divergence(batch.dists, dists), torch.zeros_like(ratio)
+    if args.ref_checkpoint:
+        ref_kl = agent.kl_divergence(dists, batch.ref_dists)
     rows = (
         policy_loss(ratio, batch.advantages, args.clip_coef, args.dual_clip_coef),
         value_loss(clip_values(values, batch, args), batch.targets, huber),
@@ -1432,7 +1432,8 @@ def update(
             advantages = standardize(advantages.view(scope), weights.view(scope)).view(shape)
         epoch_rows = epoch_rows._replace(advantages=advantages, weights=normalize(weights))
         trained = optimizer.critic if alone else optimizer.parameters
-        minibatch_coefs, seen = critic_coefs if alone else coefs, []
+        minibatch_coefs = critic_coefs if alone else coefs
+        seen = []
         for minibatch in map(Batch._make, zip(*epoch_rows, strict=True)):
             gradient, outputs = gradient_of(agent, trained, minibatch, minibatch_coefs, args)
             norms.append(clip_norm(all_sum(gradient), args.max_grad_norm))
@@ -1813,8 +1814,8 @@ def main() -> None:
         args.run_dir = args.run_dir.replace(f"{{{name}}}", str(value))
     if set("{}") & set(args.run_dir):
         fail(f"--run-dir {args.run_dir}: only {' '.join(names)} may stand in braces")
-    real, saved_dir = os.path.realpath, state["args"].run_dir if state else None
-    own = bool(state) and real(args.run_dir) == real(saved_dir)
+    saved_dir = state["args"].run_dir if state else None
+    own = bool(state) and os.path.realpath(args.run_dir) == os.path.realpath(saved_dir)
     args.run_dir = saved_dir if own else args.run_dir
     if not own and os.path.exists(f"{args.run_dir}/args.json"):
         fail(f"--run-dir {args.run_dir}: holds a run; --resume it or name another directory")

@@ -705,7 +705,14 @@ def test_signs_of_rewards_without_lives(game: None) -> None:
 
 
 def test_rewards_of_other_pixels_stay() -> None:
-    """With lives, too: they are Atari's only where the game is."""
+    args = make_args("Sampled-v0", num_envs=1, num_steps=4, env_kwargs={"space": "channels last"})
+    agent, [(rollout, _)] = play(args, 1)
+    rollout.rewards[:, 0] = [7, -7, 0.5, 0]
+    rewards = ppo.learning_signals(agent, rollout, args)[0]
+    assert rewards[:, 0].tolist() == [7, -7, 0.5, 0]
+
+
+def test_lives_of_other_pixels_are_no_game() -> None:
     args = make_args("Lives-v0", num_envs=1, num_steps=4, env_kwargs={"lives": 3})
     agent, [(rollout, _)] = play(args, 1)
     rewards, terminated, _ = ppo.learning_signals(agent, rollout, args)

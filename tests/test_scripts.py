@@ -47,7 +47,7 @@ EXTRA = {
         "self.rows = [(*row, *pair) for row, *pair in zip(self.rows, *masks, strict=True)]",
     ),
     ("ppo_multidiscrete_mask.py", "collect"): (
-        "rollout.masks[0] = rollout.masks[-1]",
+        "rollout.masks[0], shape = (rollout.masks[-1], rollout.masks.shape[1:])",
         "chosen, heeded, scores = agent.act(obs, masks.to(obs.device), draw)",
         "allowed.copy_(heeded)",
         "if rollout.masked and -torch.inf in scores.flatten().tolist():\n"
@@ -56,7 +56,6 @@ EXTRA = {
         "(t, f'the mask of environment {n} allows no choice of head {head}')\n    return",
         "if ('action_mask' in infos) != rollout.masked:\n    rollout.stuck = "
         "(t, 'there are masks after steps but not after resets, or the reverse,')\n    return",
-        "shape = rollout.masks[t].shape",
         "if rollout.masked and np.shape(infos['action_mask']) != shape:\n    rollout.stuck = "
         "(t, f\"masks {np.shape(infos['action_mask'])} in place of {shape}\")\n    return",
         "keep_masks(rollout, t + 1, infos, terminated | truncated)",
