@@ -1,48 +1,32 @@
-"""Proximal Policy Optimization for continuous actions, in one file.
+"""Proximal Policy Optimization (PPO) for continuous actions, in one file.
 
-train      python ppo_continuous.py --env-id Hopper-v5 --seed 2
-compare    tensorboard --logdir runs
-resume     python ppo_continuous.py --resume runs/RUN [--total-timesteps 2000000]
-evaluate   python ppo_continuous.py --eval runs/RUN --eval-episodes 20 [--capture-video]
-scale out  torchrun --nproc-per-node 4 ppo_continuous.py --num-envs 8
+    python ppo_continuous.py --env-id Hopper-v5 --no-norm-obs   # train; every trick is a flag
+    tensorboard --logdir runs                                   # compare runs
+    python ppo_continuous.py --resume runs/RUN                  # continue a run
+    python ppo_continuous.py --eval runs/RUN --capture-video    # evaluate it
+    torchrun --nproc-per-node 2 ppo_continuous.py --num-envs 2  # two processes
 
-Where to edit: networks and distribution in `Agent`, the objective in `ppo_loss`, environments and
-their preprocessing in `make_env`, learning rates in `schedule`. A copy runs under any name.
-
-Shapes: T = num_steps, N = num_envs of this process, B = T * N rows of a rollout, K =
-num_minibatches, M = B / K rows of a minibatch, O and A = shapes of an observation and of an
-action, D = numbers that describe a distribution (here two for each of the action's).
+Shapes: T = num_steps, N = num_envs of this process, B = T * N samples of a rollout, M = samples of
+a minibatch, O = shape of an observation, A = numbers of an action, D = 2 * A numbers that describe
+a distribution (mean and log of the std, or alpha and beta, of each number of an action).
 """
 
-import contextlib
-import ctypes
-import gc
 import importlib
-import io
 import json
 import math
-import multiprocessing.connection
+import multiprocessing
 import os
 import random
-import re
 import signal
 import sys
-import threading
 import time
-import traceback
 import zipfile
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cache, partial
-from inspect import getsource
-from itertools import chain, pairwise
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, NoReturn
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C during the imports: no traceback
-    gc.disable()  # imports make much that lasts, and nothing that does not
+from typing import Annotated, Any, Literal, NoReturn
 
 import gymnasium as gym
 import numpy as np
@@ -54,1597 +38,952 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 from gymnasium.vector.utils import batch_space
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor, distributed, nn
-from torch.distributions import Beta, kl_divergence
+from torch.distributions import Beta, Normal, kl_divergence
+from torch.optim import Optimizer
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-
-def or_none(kind: type) -> tyro.constructors.PrimitiveConstructorSpec:
-    """How the command line spells a value of this type, or the word none."""
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar=f"{kind.__name__.upper()}|none",
-        instance_from_str=lambda words: None if words[0].lower() == "none" else kind(words[0]),
-        is_instance=lambda value: value is None or isinstance(value, (int, kind)),
-        str_from_instance=lambda value: ["none" if value is None else str(value)],
-    )
-
-
-FloatOrNone = Annotated[float | None, or_none(float)]
-StrOrNone = Annotated[str | None, or_none(str)]
+Batch = dict[str, Tensor]
+JsonObject = Annotated[dict, tyro.conf.arg(constructor=json.loads, metavar="JSON")]
 
 
 @dataclass
 class Args:
-    # runs
-    exp_name: str = Path(__file__).stem
-    """name of the experiment, part of the run's directory"""
-    seed: int = 1
-    """seed of networks, actions, minibatches and environments"""
-    torch_deterministic: bool = True
-    """deterministic cuDNN kernels"""
-    cuda: bool = True
-    """use the GPU if there is one"""
-    capture_video: bool = False
-    """record the first environment into RUN/videos (needs moviepy)"""
-    run_dir: str = "runs/{env}__{exp}__{seed}__{time}"
-    """directory of the run; the names in braces are filled in"""
-    progress: bool = True
-    """show the progress bar"""
-    checkpoint_every: int = 100
-    """iterations between checkpoints; 0: only at the end"""
-    resume: StrOrNone = None
-    """go on with this run (directory or checkpoint) under its own flags, but for those given"""
-    eval: StrOrNone = None
-    """evaluate this run (directory or checkpoint) instead of training"""
-    eval_episodes: int = 10
-    """episodes of an evaluation"""
-    eval_deterministic: bool = True
-    """evaluate the most probable action instead of a sampled one"""
-    # environment
-    env_id: str = "HalfCheetah-v5"
-    """Gymnasium id; `module:Id` imports the module first"""
-    env_kwargs: str = "{}"
-    """JSON object of keyword arguments for the environment"""
-    vectorization: Literal["sync", "async", "native", "envpool"] = "sync"
-    """one process, a process each, the environment's own vector version, or envpool's"""
-    num_envs: int = 1
-    """environments that are stepped side by side, of all processes"""
-    num_steps: int = 2048
-    """steps of every environment in a rollout"""
-    total_timesteps: int = 1_000_000
-    """environment steps of the whole run"""
-    episodic_life: bool = True
-    """Atari: a lost life ends the chain of rewards, the game goes on"""
-    sign_reward: bool = True
-    """Atari: learn from the sign of the reward"""
-    # network
-    hidden_sizes: tuple[int, ...] = (64, 64)
-    """widths of the hidden layers; pixels use the Nature CNN instead"""
-    activation: Literal["tanh", "relu", "elu", "gelu", "silu"] = "tanh"
-    """activation between the layers; a CNN has relu"""
-    ortho_init: bool = True
-    """orthogonal weights and zero biases instead of PyTorch's initialisation"""
-    shared_network: bool = False
-    """one trunk under policy and value instead of two networks; pixels: on"""
-    # distribution
-    distribution: Literal["gaussian", "beta"] = "gaussian"
-    """Gaussian, clipped on the way into the environment, or beta over the bounds of the actions"""
-    std: Literal["fixed", "independent", "state"] = "independent"
-    """deviation of the Gaussian: constant, a parameter, or from the network"""
-    log_std_init: float = 0.0
-    """logarithm of the deviation at the start"""
-    log_std_final: FloatOrNone = None
-    """its value in the last iteration, linear between (std fixed); none: constant"""
-    # normalisers
-    norm_obs: bool = True
-    """standardise observations, but for pixels, by running statistics"""
-    clip_obs: FloatOrNone = 10.0
-    """standardised observations are clipped to plus or minus this"""
-    norm_reward: bool = True
-    """divide rewards by the running deviation of the discounted return"""
-    clip_reward: FloatOrNone = 10.0
-    """normalised rewards are clipped to plus or minus this"""
-    norm_value: Literal["none", "running", "popart"] = "none"
-    """the critic predicts standardised targets; popart also rescales its last layer with them"""
-    norm_adv: bool = True
-    """standardise advantages"""
-    norm_adv_scope: Literal["minibatch", "batch"] = "minibatch"
-    """rows whose mean and deviation standardise the advantages"""
-    # targets
-    gamma: float = 0.99
-    """discount"""
-    gae_lambda: float = 0.95
-    """lambda of generalised advantage estimation"""
-    value_target: Literal["gae", "mc", "td"] = "gae"
-    """advantage plus value, discounted return, or one step and the next value"""
-    recompute_advantages: bool = False
-    """advantages and targets anew from the current critic before every epoch"""
-    bootstrap_truncated: bool = True
-    """a truncated episode goes on with V(final observation); off: it counts as terminated"""
-    # policy loss
-    clip_coef: FloatOrNone = 0.2
-    """clip of the probability ratio; none: unclipped"""
-    dual_clip_coef: FloatOrNone = None
-    """floor of the surrogate, in advantages, where the advantage is negative (above 1)"""
-    kl_coef: float = 0.0
-    """beta of the penalty beta * KL(old, new); its first value with kl-target (0: starts at 1)"""
-    kl_target: FloatOrNone = None
-    """KL after an update that beta aims at: it doubles above 1.5 x this, halves below this / 1.5"""
-    target_kl: FloatOrNone = None
-    """an epoch whose mean approximate KL is above this is the policy's last"""
-    ref_checkpoint: StrOrNone = None
-    """checkpoint of a reference policy"""
-    ref_kl_coef: float = 0.0
-    """weight of KL(policy, reference)"""
-    # value loss
-    vf_coef: float = 0.5
-    """weight of the value loss"""
-    clip_vloss: bool = True
-    """larger of the losses with and without the value clipped around the old one"""
-    vclip_coef: FloatOrNone = None
-    """clip of the value, in standardised units with norm-value; none: clip-coef"""
-    value_loss: Literal["mse", "huber"] = "mse"
-    """half the squared error, or that with linear tails"""
-    # entropy
-    ent_coef: float = 0.0
-    """weight of the entropy bonus"""
-    ent_coef_final: FloatOrNone = None
-    """its value in the last iteration, linear between; none: constant"""
-    # optimiser
-    learning_rate: float = 3e-4
-    """learning rate of Adam"""
-    actor_learning_rate: FloatOrNone = None
-    """learning rate of policy and trunk; none: learning-rate"""
-    critic_learning_rate: FloatOrNone = None
-    """learning rate of the critic; none: learning-rate"""
-    anneal_lr: bool = True
-    """learning rates fall linearly to zero"""
-    adam_eps: float = 1e-5
-    """epsilon of Adam"""
-    actor_adam_eps: FloatOrNone = None
-    """epsilon of policy and trunk; none: adam-eps"""
-    critic_adam_eps: FloatOrNone = None
-    """epsilon of the critic; none: adam-eps"""
-    max_grad_norm: FloatOrNone = 0.5
-    """norm to which the gradient is clipped; none: unclipped"""
-    num_minibatches: int = 32
-    """minibatches an epoch, to each of which every process gives a part"""
-    update_epochs: int = 10
-    """epochs over every rollout"""
-    critic_epochs: int = 0
-    """further epochs that train the critic alone"""
-    critic_warmup_iterations: int = 0
-    """first iterations that train the critic alone"""
-    # speed
-    compile: bool = False
-    """compile loss and gradient into one graph (torch.compile; takes some 20 s at the start)"""
-    torch_threads: int = 1
-    """threads of PyTorch on the CPU"""
+    # Runs
+    exp_name: str = Path(__file__).stem  # name of the experiment
+    seed: int = 1  # seed of networks, actions, minibatches and environments
+    torch_deterministic: bool = True  # use deterministic cuDNN kernels
+    cuda: bool = True  # use the GPU if there is one
+    capture_video: bool = False  # record videos of the first environment (needs moviepy)
+    run_dir: str | None = None  # None: runs/{env_id}__{exp_name}__{seed}__{unix time}
+    progress: bool = True  # show the progress bar
+    checkpoint_every: int = 100  # iterations between checkpoints; 0: only at the end
+    resume: str | None = None  # run directory to continue, under its flags and those given here
+    eval: str | None = None  # run directory to evaluate instead of training
+    eval_episodes: int = 10  # episodes of an evaluation
+    eval_deterministic: bool = True  # evaluate the most probable action, not a sampled one
+    # Environment
+    env_id: str = "HalfCheetah-v5"  # Gymnasium id; "module:Id" imports the module first
+    env_kwargs: JsonObject = field(default_factory=dict)  # arguments of the environment
+    vectorization: Literal["sync", "async", "native", "envpool"] = "sync"  # how to run num_envs
+    num_envs: int = 1  # environments in parallel, in total over all processes
+    num_steps: int = 2048  # steps of each environment in a rollout
+    total_timesteps: int = 1_000_000  # environment steps of the whole run
+    episodic_life: bool = True  # Atari: a lost life ends the sum of rewards, not the game
+    sign_reward: bool = True  # Atari: learn from the sign of the reward
+    # Network
+    hidden_sizes: tuple[int, ...] = (64, 64)  # units of the hidden layers; images: Nature CNN
+    activation: Literal["tanh", "relu", "elu", "gelu", "silu"] = "tanh"  # images: relu
+    ortho_init: bool = True  # orthogonal initialization, with small weights in the policy's head
+    shared_network: bool = False  # one trunk for policy and value
+    # Distribution
+    distribution: Literal["gaussian", "beta"] = "gaussian"  # clipped to the bounds, or within them
+    std: Literal["fixed", "independent", "state"] = "independent"  # constant, learned, or network
+    log_std_init: float = 0.0  # logarithm of the std at the start
+    log_std_final: float | None = None  # its value in the last iteration, for std fixed
+    # Normalization
+    norm_obs: bool = True  # standardize observations (not images) with running statistics
+    clip_obs: float | None = 10.0  # clip standardized observations to [-clip, clip]
+    norm_reward: bool = True  # divide rewards by the running std of the discounted return
+    clip_reward: float | None = 10.0  # clip normalized rewards to [-clip, clip]
+    norm_value: Literal["none", "running", "popart"] = "none"  # the critic predicts standardized
+    # targets; popart also rescales its last layer so that its values do not change
+    norm_adv: bool = True  # standardize advantages
+    norm_adv_scope: Literal["minibatch", "batch"] = "minibatch"  # samples to standardize over
+    # Targets
+    gamma: float = 0.99  # discount factor
+    gae_lambda: float = 0.95  # lambda of generalized advantage estimation (GAE)
+    value_target: Literal["gae", "mc", "td"] = "gae"  # A + V, discounted return, or r + gamma V'
+    recompute_advantages: bool = False  # recompute advantages and targets before every epoch
+    bootstrap_truncated: bool = True  # truncated episodes continue with V(final observation)
+    # Policy loss
+    clip_coef: float | None = 0.2  # clip of the probability ratio; None: no clip
+    dual_clip_coef: float | None = None  # bound of the ratio where the advantage is negative (> 1)
+    kl_coef: float = 0.0  # beta of the penalty beta * KL(old, new); with kl_target its first value
+    kl_target: float | None = None  # adapt beta to this KL: double above 1.5 x, halve below / 1.5
+    target_kl: float | None = None  # stop the policy's epochs once the approximate KL exceeds it
+    ref_checkpoint: str | None = None  # run directory of a fixed reference policy
+    ref_kl_coef: float = 0.0  # coefficient of KL(policy, reference)
+    # Value loss
+    vf_coef: float = 0.5  # coefficient of the value loss
+    clip_vloss: bool = True  # clip the change of the value, and take the larger loss
+    vclip_coef: float | None = None  # clip of the value (None: clip_coef)
+    value_loss: Literal["mse", "huber"] = "mse"  # half the squared error, or Huber loss
+    critic_epochs: int = 0  # additional epochs that train only the critic
+    critic_warmup_iterations: int = 0  # first iterations that train only the critic
+    ent_coef: float = 0.0  # coefficient of the entropy bonus
+    ent_coef_final: float | None = None  # its value in the last iteration (None: constant)
+    # Optimizer
+    learning_rate: float = 3e-4  # learning rate of Adam
+    actor_learning_rate: float | None = None  # of policy and trunk (None: learning_rate)
+    critic_learning_rate: float | None = None  # of the critic (None: learning_rate)
+    anneal_lr: bool = True  # decrease the learning rates linearly to zero
+    adam_eps: float = 1e-5  # epsilon of Adam
+    actor_adam_eps: float | None = None  # of policy and trunk (None: adam_eps)
+    critic_adam_eps: float | None = None  # of the critic (None: adam_eps)
+    max_grad_norm: float | None = 0.5  # maximum norm of the gradient; None: no clip
+    num_minibatches: int = 32  # minibatches per epoch
+    update_epochs: int = 10  # epochs over each rollout
+    # Speed
+    compile: bool = False  # compile the loss with torch.compile
+    torch_threads: int = 1  # threads of PyTorch on the CPU
 
 
-PIXEL_DEFAULTS = dict(shared_network=True)
-ACTIVATIONS = dict(tanh=nn.Tanh, relu=nn.ReLU, elu=nn.ELU, gelu=nn.GELU, silu=nn.SiLU)
-RANGES = {  # smallest and largest value of the flags
-    (1, 2**31): "num_envs num_steps num_minibatches update_epochs eval_episodes",
-    (1, 1024): "torch_threads",
-    (0, 2**31): "seed checkpoint_every critic_epochs critic_warmup_iterations",
-    (0, 1): "gamma gae_lambda",
-    (0, 1e9): "ent_coef ent_coef_final vf_coef kl_coef ref_kl_coef learning_rate "
-    "actor_learning_rate critic_learning_rate",
-    (1e-12, 1e9): "clip_coef vclip_coef kl_target target_kl max_grad_norm clip_obs clip_reward "
-    "adam_eps actor_adam_eps critic_adam_eps",
-    (1.000001, 1e9): "dual_clip_coef",
-    (-20, 2): "log_std_init log_std_final",
+BOARD = {  # charts of TensorBoard's Custom Scalars tab
+    "value": ["Multiline", ["^values/"]],
+    "value loss": ["Multiline", ["^losses/value_loss"]],
+    "KL": ["Multiline", ["^losses/.*kl$"]],
+    "clip fractions": ["Multiline", ["^losses/.*clipfrac$"]],
 }
-RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-OTHER_SCRIPTS = {"Discrete": "ppo_discrete.py", "MultiDiscrete": "ppo_multidiscrete_mask.py"}
+HPARAM_METRICS = ("charts/return_100", "charts/episodic_return", "eval/episodic_return")
+RANK = int(os.environ.get("RANK", 0))  # RANK and WORLD_SIZE are set by torchrun
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU, "gelu": nn.GELU, "silu": nn.SiLU}
 
 
-def fail(message: object, code: int = 2, alone: bool = False) -> NoReturn:
-    """End the process with one line: 2 for a wrong flag, 1 for a run that cannot go on.
-
-    Of torchrun's processes on a machine the first one prints it, unless it befell this one alone.
-    """
-    if alone or os.environ.get("LOCAL_RANK", "0") == "0":
-        tqdm.write(f"error: {' '.join(str(message).split())}", sys.stderr)
-    raise SystemExit(code)
-
-
-def parse_args(default: Args | None = None) -> Args:
-    """Flags of the command line over `default`; comments in `Args` become headings of --help."""
-    out = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-            args = tyro.cli(Args, default=default, description="")
-    except SystemExit as stop:
-        text = out.getvalue()
-        if stop.code:
-            fail(re.split("-{20,}", text)[1])
-        for title, field in re.findall(r"    # (.+)\n    (\w+):", getsource(Args)):
-            flag = field.replace("_", "-")
-            text = re.sub(rf"(?m)^  --{flag}(?=[ ,])", rf"\n {title}\n\g<0>", text)
-        print(f"{__doc__}\n{text}")
-        raise
-    for name, value in vars(args).items():
-        if value == "":
-            fail(f"--{name.replace('_', '-')}: is empty")
-    return args
+def fail(message: str) -> NoReturn:
+    """Exit with code 2 because of a wrong flag."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def check_args(args: Args) -> None:
-    """Refuse flags that no run could follow."""
-    for (low, high), names in RANGES.items():
-        for name in names.split():
-            value = getattr(args, name)
-            if value is not None and not low <= value <= high:
-                fail(f"--{name.replace('_', '-')} {value}: must lie between {low} and {high}")
-    steps = args.num_envs * args.num_steps
-    rollout = f"the {steps} steps of a rollout (num-envs x num-steps)"
-    if args.total_timesteps < steps:
-        fail(f"--total-timesteps {args.total_timesteps}: fewer than {rollout}")
-    if args.num_envs % PROCESSES:
-        fail(f"--num-envs {args.num_envs}: must be divisible among {PROCESSES} processes")
-    if steps // PROCESSES % args.num_minibatches:
-        share = f", {steps // PROCESSES} a process" if PROCESSES > 1 else ""
-        fail(f"--num-minibatches {args.num_minibatches}: must divide {rollout}{share}")
-    if min(args.hidden_sizes, default=1) < 1:
-        fail(f"--hidden-sizes {args.hidden_sizes}: must all be 1 or more")
+    """Refuse flags that would otherwise fail silently or in a confusing place."""
+    if min(args.num_envs, args.num_steps, args.num_minibatches, args.update_epochs) < 1:
+        fail("num_envs, num_steps, num_minibatches and update_epochs must be 1 or more")
+    batch_size = args.num_envs * args.num_steps
+    if args.total_timesteps < batch_size:
+        fail(f"total_timesteps ({args.total_timesteps}) is less than one rollout ({batch_size})")
+    if args.num_envs % WORLD_SIZE:
+        fail(f"num_envs ({args.num_envs}) is not divisible by {WORLD_SIZE} processes")
+    if batch_size // WORLD_SIZE % args.num_minibatches:
+        fail(f"num_envs * num_steps ({batch_size}) is not divisible by num_minibatches")
+    if args.norm_adv and args.norm_adv_scope == "minibatch" and batch_size == args.num_minibatches:
+        fail("norm_adv needs two or more samples in a minibatch")
     if args.ref_kl_coef and not args.ref_checkpoint:
-        fail(f"--ref-kl-coef {args.ref_kl_coef}: needs --ref-checkpoint")
-    if args.eval and PROCESSES > 1:
-        fail(f"--eval {args.eval}: runs in one process, not in {PROCESSES}")
+        fail("ref_kl_coef needs ref_checkpoint")
+    if args.log_std_final is not None and args.std != "fixed":
+        fail(f"log_std_final needs std fixed, not {args.std}")
     if args.capture_video and args.vectorization in ("native", "envpool"):
-        fail(f"--capture-video: needs --vectorization sync or async, not {args.vectorization}")
+        fail(f"capture_video needs vectorization sync or async, not {args.vectorization}")
 
 
-# ---- environments
-
-
-def is_pixels(space: spaces.Space) -> bool:
-    """Whether the Nature CNN can read it: bytes in three dimensions, 36 x 36 or larger."""
+def is_image(space: spaces.Space) -> bool:
+    """Whether observations are images for the Nature CNN: uint8, 3-D and at least 36 x 36."""
     return space.dtype == np.uint8 and len(space.shape) == 3 and sorted(space.shape)[1] >= 36
 
 
-def is_flat(space: spaces.Space) -> bool:
-    """Whether the networks can read it as it is."""
-    return isinstance(space, spaces.Box) and (len(space.shape) == 1 or is_pixels(space))
+def is_atari(env_id: str) -> bool:
+    """Whether it is an Atari game."""
+    return "ALE/" in env_id or "NoFrameskip" in env_id
 
 
 class FireReset(gym.Wrapper):
-    """Presses FIRE at the start of an Atari game that waits for it."""
+    """Press FIRE at the start of a game and after every lost life, where a game waits for it."""
 
     def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
-        """Observation and info after the first FIRE."""
         self.env.reset(**kwargs)
         obs, _, _, _, info = self.env.step(1)
+        self.lives = info["lives"]
         return obs, info
 
-
-INFOS = {"environment_failure", "lives"}  # that training reads
-
-
-class Guard(gym.Wrapper):
-    """Turns an error of the environment into info["environment_failure"], which ends the run."""
-
-    def __init__(self, env: gym.Env) -> None:
-        super().__init__(env)
-        self.shape = env.observation_space.shape
-
-    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
-        """Observation and info, or zeros and the failure."""
-        try:
-            obs, info = self.env.reset(**kwargs)
-            return self.checked(obs), info
-        except (Exception, SystemExit) as error:
-            return self.failed(error)
-
-    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
-        """What the environment returns, or zeros and the failure."""
-        try:
-            obs, reward, terminated, truncated, info = self.env.step(action)
-            return self.checked(obs), float(reward), terminated, truncated, info
-        except (Exception, SystemExit) as error:
-            obs, info = self.failed(error)
-            return obs, 0.0, False, False, info
-
-    def checked(self, obs: np.ndarray) -> np.ndarray:
-        """The observation, if it has the shape of its space."""
-        if obs.shape != self.shape:
-            raise ValueError(f"observation {obs.shape} in place of {self.shape}")
-        return obs
-
-    def failed(self, error: BaseException) -> tuple[np.ndarray, dict]:
-        """Zeros for an observation, and what went wrong where."""
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        why = f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
-        space = self.observation_space
-        return np.zeros(space.shape, space.dtype), {"environment_failure": why}
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        if info["lives"] < self.lives and not (terminated or truncated):
+            obs, fire_reward, terminated, truncated, info = self.env.step(1)
+            reward += fire_reward
+        self.lives = info["lives"]
+        return obs, reward, terminated, truncated, info
 
 
-class OneHot(gym.ObservationWrapper):
-    """Discrete and MultiDiscrete observations as Gymnasium flattens them, in less time."""
-
-    def __init__(self, env: gym.Env) -> None:
-        super().__init__(env)
-        space = env.observation_space
-        self.observation_space = spaces.flatten_space(space)
-        sizes = np.asarray(space.n if isinstance(space, spaces.Discrete) else space.nvec)
-        self.places = (sizes.cumsum() - sizes.ravel()).reshape(sizes.shape) - space.start
-        self.zeros = np.zeros(self.observation_space.shape, self.observation_space.dtype)
-
-    def observation(self, obs: Any) -> np.ndarray:
-        """Zeros, but for a one for each number."""
-        row = self.zeros.copy()
-        row[self.places + obs] = 1
-        return row
-
-
-def flatten(env: gym.Env) -> gym.Env:
-    """The environment with observations that the networks can read."""
-    if is_flat(env.observation_space):
-        return env
-    if isinstance(env.observation_space, spaces.Discrete | spaces.MultiDiscrete):
-        return OneHot(env)
-    return gym.wrappers.FlattenObservation(env)
-
-
-def make_env(args: Args, video_dir: str | None = None) -> gym.Env:
-    """One environment whose observations are vectors or pixels.
-
-    Atari is preprocessed as in "The 37 Implementation Details of PPO" (Huang et al. 2022), except
-    that lost lives and signs of rewards are left to `learning_signals`.
-    """
-    if multiprocessing.parent_process():  # a signal to all is for the training process to handle
+def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
+    """One environment, with Atari preprocessed as in the 37 details (Huang et al. 2022)."""
+    if multiprocessing.parent_process():  # a worker of AsyncVectorEnv leaves Ctrl-C to its parent
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    kwargs = json.loads(args.env_kwargs)
-    atari = is_atari(args)
-    if atari:
-        kwargs["frameskip"] = 1
+    env_kwargs = dict(args.env_kwargs)
+    if is_atari(args.env_id):
+        importlib.import_module("ale_py")  # pip install ale-py opencv-python-headless
+        env_kwargs["frameskip"] = 1  # AtariPreprocessing skips frames
     if video_dir:
-        importlib.import_module("moviepy")
-        kwargs["render_mode"] = "rgb_array"
-    env = gym.make(args.env_id, **kwargs)
+        env_kwargs["render_mode"] = "rgb_array"
+    env = gym.make(args.env_id, **env_kwargs)
     if video_dir:
-        env.reset()
-        env.render()  # what cannot be drawn fails here, before anything is written
-        wanted = (lambda episode: episode < args.eval_episodes) if args.eval else None
-        prefix = "eval" if args.eval else "train"
-        env = gym.wrappers.RecordVideo(env, video_dir, wanted, name_prefix=prefix)
-    if atari:
+        every_episode = (lambda episode: True) if args.eval else None
+        env = gym.wrappers.RecordVideo(env, str(video_dir), every_episode)
+    if is_atari(args.env_id):
         env = gym.wrappers.AtariPreprocessing(env)
         if env.unwrapped.get_action_meanings()[1] == "FIRE":
             env = FireReset(env)
-        env = gym.wrappers.FrameStackObservation(env, 4)
-    return Guard(flatten(env))
-
-
-def is_atari(args: Args) -> bool:
-    """Whether it is one of ale-py's environments, which this registers."""
-    atari = "ALE/" in args.env_id or "NoFrameskip" in args.env_id
-    if atari:
-        gym.register_envs(importlib.import_module("ale_py"))
-    return atari
+        return gym.wrappers.FrameStackObservation(env, 4)
+    return env if is_image(env.observation_space) else gym.wrappers.FlattenObservation(env)
 
 
 class SyncEnvs(SyncVectorEnv):
-    """Gymnasium's, with a faster step that resets in the same step and reads few infos."""
+    """Gymnasium's environments that are stepped one after the other, with a faster step."""
 
-    def step(self, actions: np.ndarray) -> tuple:
-        """Arrays that the next step writes over, and infos of INFOS alone."""
-        infos, given = {}, []
-        for n, (env, action) in enumerate(zip(self.envs, actions, strict=True)):
-            obs, self._rewards[n], terminated, truncated, info = env.step(action)
-            self._terminations[n], self._truncations[n] = terminated, truncated
-            if terminated or truncated:
-                infos = self._add_info(infos, {"final_obs": np.array(obs)}, n)
-                obs, info = env.reset()
-            self._observations[n] = obs
-            given.append(info)
-        for key in INFOS.intersection(chain(*given)):
-            blank = np.zeros_like(next(info[key] for info in given if key in info))
-            infos[key] = np.array([info.get(key, blank) for info in given])
-            infos[f"_{key}"] = np.array([key in info for info in given])
-        return self._observations, self._rewards, self._terminations, self._truncations, infos
+    info_keys = ("lives",)  # infos that training reads
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Step every environment; one that ends is reset in the same step."""
+        space = self.single_observation_space
+        all_obs = np.zeros((self.num_envs, *space.shape), space.dtype)
+        rewards = np.zeros(self.num_envs)
+        terminated, truncated = np.zeros((2, self.num_envs), bool)
+        infos, final_infos, final_obs = [], [], [None] * self.num_envs
+        for n, env in enumerate(self.envs):
+            try:
+                obs, rewards[n], terminated[n], truncated[n], info = env.step(actions[n])
+                final_infos.append(info)
+                if terminated[n] or truncated[n]:
+                    final_obs[n] = np.array(obs)
+                    obs, info = env.reset()
+            except Exception as error:
+                error.add_note(f"in environment {n} of process {RANK}")
+                raise
+            all_obs[n] = obs
+            infos.append(info)
+        keys = [key for key in self.info_keys if key in infos[0]]
+        vector_infos = {key: np.array([info[key] for info in infos]) for key in keys}
+        if terminated.any() or truncated.any():
+            final_info = {key: np.array([info[key] for info in final_infos]) for key in keys}
+            vector_infos |= {"final_obs": final_obs, "final_info": final_info}
+        return all_obs, rewards, terminated, truncated, vector_infos
 
 
-def make_envs(args: Args, num_envs: int, seed: int, video_dir: str | None = None) -> VectorEnv:
-    """`num_envs` environments side by side that reset in the same or in the next step."""
+def make_envs(args: Args, num_envs: int, seed: int, video_dir: Path | None = None) -> VectorEnv:
+    """`num_envs` environments as one vector environment."""
     if args.vectorization in ("sync", "async"):
-        fns = [partial(make_env, args, None if i else video_dir) for i in range(num_envs)]
+        env_fns = [partial(make_env, args, None if n else video_dir) for n in range(num_envs)]
         if args.vectorization == "sync":
-            return SyncEnvs(fns, copy=False, autoreset_mode="SameStep")
-        return AsyncVectorEnv(fns, copy=False, autoreset_mode="SameStep", context="forkserver")
-    kwargs = json.loads(args.env_kwargs)
+            return SyncEnvs(env_fns, autoreset_mode="SameStep")
+        return AsyncVectorEnv(env_fns, copy=False, context="forkserver", autoreset_mode="SameStep")
     if args.vectorization == "envpool":
-        envpool = importlib.import_module("envpool")
-        envs = envpool.make_gymnasium(args.env_id, num_envs=num_envs, seed=seed, **kwargs)
+        envpool = importlib.import_module("envpool")  # pip install envpool
+        envs = envpool.make_gymnasium(args.env_id, num_envs=num_envs, seed=seed, **args.env_kwargs)
     else:
-        if is_atari(args):
-            kwargs = {"frameskip": 4, "reward_clipping": False} | kwargs
-        envs = gym.make_vec(args.env_id, num_envs, "vector_entry_point", **kwargs)
+        env_kwargs = dict(args.env_kwargs)
+        if is_atari(args.env_id):
+            importlib.import_module("ale_py")
+            env_kwargs = {"frameskip": 4, "reward_clipping": False} | env_kwargs
+        envs = gym.make_vec(args.env_id, num_envs, "vector_entry_point", **env_kwargs)
     mode = envs.metadata.get("autoreset_mode")
     if mode not in (AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP):
-        raise ValueError(f"autoreset mode {mode}; it must be SAME_STEP or NEXT_STEP")
-    if is_flat(envs.single_observation_space):
+        fail(f"{args.env_id} has autoreset_mode {mode}, must be SAME_STEP or NEXT_STEP")
+    space = envs.single_observation_space
+    if isinstance(space, spaces.Box) and (len(space.shape) == 1 or is_image(space)):
         return envs
-    envs, single = gym.vector.VectorWrapper(envs), envs.single_observation_space
-    envs.observation_space = batch_space(single, num_envs)  # envpool's is the single one
+    envs = gym.vector.VectorWrapper(envs)
+    envs.observation_space = batch_space(space, num_envs)  # envpool has the single space there
     return gym.wrappers.vector.FlattenObservation(envs)
 
 
-class EnvironmentFailure(Exception):
-    """An environment raised an error, or its process ended."""
-
-
-def attempt(envs: VectorEnv, call: Callable, *args: Any, **kwargs: Any) -> tuple:
-    """What `envs.step` or `envs.reset` returns; names the environment that fails."""
-    first = RANK * envs.num_envs
-    try:
-        result = call(*args, **kwargs)
-    except Exception as error:
-        message, workers = str(error) or repr(error), getattr(envs.unwrapped, "processes", ())
-        if isinstance(error, EOFError | OSError):
-            gone = multiprocessing.connection.wait([worker.sentinel for worker in workers], 5)
-            numbers = [n for n, worker in enumerate(workers, first) if worker.sentinel in gone]
-            message = f"the process of environment {numbers[0]} ended" if gone else message
-        raise EnvironmentFailure(message) from error
-    if "environment_failure" in result[-1]:
-        failures = result[-1]["environment_failure"]
-        n = np.flatnonzero(result[-1]["_environment_failure"])[0]
-        raise EnvironmentFailure(f"environment {first + n}: {failures[n]}")
-    return result
-
-
-def close(envs: VectorEnv, kill: bool) -> None:
-    """Close environments; `kill` their processes where some may be gone or busy."""
-    if kill and (workers := getattr(envs.unwrapped, "processes", ())):
-        for worker in workers:
-            worker.kill()
-        envs.unwrapped.closed = True  # for nothing is left that could answer
-    with contextlib.suppress(Exception):
-        envs.close()
-
-
-# ---- statistics
-
-
-def talk(call: Callable, *args: Any, **kwargs: Any) -> None:
-    """Have all processes make a collective call; ends the run if one of them has ended."""
-    try:
-        call(*args, **kwargs)
-    except RuntimeError as error:
-        fail(f"cannot reach the other processes: {error}", 1, alone=True)
-
-
-def add_up(values: Tensor) -> None:
-    """all_reduce; on the CPU in pairs where 2, 4, 8, ... processes run: half of gloo's time for it.
-
-    After the round of a bit, all whose ranks differ in lower bits alone, or in it, have one sum.
-    """
-    if values.is_cuda or PROCESSES & (PROCESSES - 1):
-        distributed.all_reduce(values)
-        return
-    theirs, bit = torch.empty_like(values), 1
-    while bit < PROCESSES:
-        partner, bit = RANK ^ bit, 2 * bit
-        for request in (distributed.irecv(theirs, partner), distributed.isend(values, partner)):
-            request.wait()
-        values += theirs
-
-
 def all_sum(values: Tensor) -> Tensor:
-    """Add up the values of all processes, in place."""
-    if PROCESSES > 1:
-        talk(add_up, values)
+    """Sum over all processes, in place."""
+    if WORLD_SIZE > 1:
+        distributed.all_reduce(values)
     return values
 
 
-def gather(value: Any) -> list[Any]:
-    """Every process's value, in the order of their ranks."""
-    values = [value] * PROCESSES
-    if PROCESSES > 1:
-        talk(distributed.all_gather_object, values, value)
-    return values
-
-
-def together(what: str, code: int, call: Callable, *args: Any) -> Any:
-    """Call it in all processes; if it fails in any, all end with this code and one line."""
-    result, why = None, []
-    try:
-        result = call(*args)
-    except (EnvironmentFailure, OSError) as error:
-        why.append(f"{what}{error}")
-    if failures := list(chain(*gather(why))):
-        fail(failures[0], code)
-    return result
-
-
-def share_cores() -> None:
-    """Keep each of a machine's processes to cores of its own, and gloo's thread from its work.
-
-    Left alone, two processes may share a core while another is idle; and the thread that listens
-    for gloo spins when others are early.
-    """
-    cores, count = sorted(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    share, first = len(cores) // count, int(os.environ.get("LOCAL_RANK", 0))
-    own = cores[first * share : (first + 1) * share]
-    apart = all(others == cores for others in gather(cores))  # if not, somebody has seen to it
-    for thread in Path("/proc/self/task").iterdir():
-        if apart and own:
-            os.sched_setaffinity(int(thread.name), own)
-        if (thread / "comm").read_text() == "gloo_tcp_loop\n":
-            os.sched_setscheduler(int(thread.name), os.SCHED_IDLE, os.sched_param(0))
-
-
-def join_processes(agent: nn.Module, seed: int) -> None:
-    """Meet the other processes of torchrun; then agents are equal, and random numbers are not."""
-    device = agent.obs_norm.mean.device
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    waiting = (signal.SIGINT, signal.SIGTERM)  # which would wait until the others have come
-    handlers = [signal.signal(signum, signal.SIG_DFL) for signum in waiting]
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store, *_ = next(distributed.rendezvous("env://"))
-    store = distributed.PrefixStore(restart, store)  # it holds what came before a restart
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    talk(distributed.init_process_group, backend, store=store, rank=RANK, world_size=PROCESSES)
-    for tensor in agent.state_dict().values():
-        talk(distributed.broadcast, tensor, 0)
-    if sys.platform == "linux" and device.type == "cpu":
-        share_cores()
-    for signum, handler in zip(waiting, handlers, strict=True):
-        signal.signal(signum, handler)
-    if RANK > 0:
-        torch.manual_seed(seed)
+def masked_mean_std(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and std [K, 1] of the entries of x [K, M] where mask [K, M] is 1, of all processes."""
+    count = all_sum(mask.sum(1, keepdim=True)).clamp(min=1)
+    mean = all_sum((x * mask).sum(1, keepdim=True)) / count
+    m2 = all_sum(((x - mean).square() * mask).sum(1, keepdim=True))
+    return mean, (m2 / (count - 1).clamp(min=1)).sqrt()
 
 
 class RunningMeanStd(nn.Module):
-    """Running mean and standard deviation of all rows given to `advance`.
-
-    Merged as by Chan et al. (1979) in float64, with an int64 count. `mean` and `std`, which
-    normalise, are float32 copies, and 0 and 1 before the first rows.
-    """
+    """Mean and standard deviation of all samples so far, over all processes."""
 
     def __init__(self, shape: tuple[int, ...] = ()) -> None:
         super().__init__()
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("centre", torch.zeros(shape, dtype=torch.float64))
-        self.register_buffer("squares", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("mean64", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("m2", torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("mean", torch.zeros(shape))
         self.register_buffer("std", torch.ones(shape))
 
-    @torch.no_grad()
-    def advance(self, rows: Tensor) -> None:
-        """Take in rows [n, *shape] of every process."""
-        rows, n = rows.double(), all_sum(torch.full_like(self.count, len(rows)))
+    def update(self, samples: Tensor) -> None:
+        """Merge samples [n, *shape] in float64 (Chan et al. 1979); m2 sums squared deviations."""
+        samples = samples.double()
+        n = all_sum(torch.full_like(self.count, len(samples)))
         if n == 0:
             return
-        mean = all_sum(rows.sum(0)) / n
-        total, delta = self.count + n, mean - self.centre
-        self.squares += all_sum((rows - mean).square().sum(0)) + delta**2 * self.count * n / total
-        self.centre += delta * n / total
+        batch_mean = all_sum(samples.sum(0)) / n
+        batch_m2 = all_sum((samples - batch_mean).square().sum(0))
+        delta = batch_mean - self.mean64
+        self.m2 += batch_m2 + delta.square() * self.count * n / (self.count + n)
+        self.mean64 += delta * n / (self.count + n)
         self.count += n
-        self.mean.copy_(self.centre)
-        self.std.copy_((self.squares / self.count + 1e-8).sqrt())
-
-    def normalize(self, rows: Tensor) -> Tensor:
-        """Rows [..., *shape] less the mean, over the deviation."""
-        return (rows - self.mean) / self.std
+        self.mean.copy_(self.mean64)
+        self.std.copy_((self.m2 / self.count + 1e-8).sqrt())
 
 
-# ---- Agent
-
-
-class Chain(nn.Sequential):
-    """nn.Sequential without hooks, and so without half the time of a small network."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Outputs of the last layer."""
-        for layer in self._modules.values():
-            if isinstance(layer, nn.Linear):
-                x = F.linear(x, *layer._parameters.values())
-            else:
-                x = layer.forward(x)
-        return x
-
-    __call__ = forward
-
-
-beta_dist = partial(Beta, validate_args=False)  # what is not finite is found after the rollout
+def make_body(args: Args, obs_shape: tuple[int, ...]) -> list[nn.Module]:
+    """Layers from observations to features."""
+    if len(obs_shape) == 3:  # the Nature CNN (Mnih et al. 2015)
+        layers = [nn.Conv2d(obs_shape[0], 32, 8, 4), nn.ReLU()]
+        layers += [nn.Conv2d(32, 64, 4, 2), nn.ReLU()]
+        layers += [nn.Conv2d(64, 64, 3, 1), nn.ReLU(), nn.Flatten()]
+        width = nn.Sequential(*layers)(torch.zeros(1, *obs_shape)).shape[1]
+        return [*layers, nn.Linear(width, 512), nn.ReLU()]
+    layers = []
+    for width, size in pairwise((*obs_shape, *args.hidden_sizes)):
+        layers += [nn.Linear(width, size), ACTIVATIONS[args.activation]()]
+    return layers
 
 
 class Agent(nn.Module):
-    """Policy and value networks and the normalisers that go with them."""
+    """Policy and value network, and the statistics that normalize observations and targets."""
 
     def __init__(self, args: Args, obs_space: spaces.Box, action_space: spaces.Box) -> None:
         super().__init__()
-        shape, self.pixels = obs_space.shape, is_pixels(obs_space)
-        self.channels_last = self.pixels and shape[-1] < shape[0]
-        self.clip_obs, self.norm_obs = args.clip_obs, args.norm_obs and not self.pixels
+        obs_shape = obs_space.shape
+        self.image = len(obs_shape) == 3
+        self.channels_last = self.image and obs_shape[-1] < obs_shape[0]
+        if self.channels_last:
+            obs_shape = obs_shape[2:] + obs_shape[:2]
+        self.norm_obs = args.norm_obs and not self.image
+        self.clip_obs = torch.inf if args.clip_obs is None else args.clip_obs
+        self.obs_norm = RunningMeanStd(() if self.image else obs_shape)
+        self.reward_norm = RunningMeanStd()
+        self.value_norm = RunningMeanStd()
+        self.action_space = action_space
         self.low, self.high = action_space.low.flatten(), action_space.high.flatten()
-        self.action_shape, self.action_dtype = self.low.shape, torch.float32
-        self.space_shape, self.beta = action_space.shape, args.distribution == "beta"
-        self.std, self.log_std_init = args.std, args.log_std_init
-        self.obs_norm = RunningMeanStd(() if self.pixels else shape)
-        self.reward_norm, self.value_norm = RunningMeanStd(), RunningMeanStd()
-
-        def init(layer: nn.Module, gain: float = 2**0.5) -> nn.Module:
-            if args.ortho_init:
-                nn.init.orthogonal_(layer.weight, gain)
-                nn.init.zeros_(layer.bias)
-            return layer
-
-        def body() -> list[nn.Module]:
-            if not self.pixels:
-                sizes, activate = (*shape, *args.hidden_sizes), ACTIVATIONS[args.activation]
-                return [m for pair in pairwise(sizes) for m in (init(nn.Linear(*pair)), activate())]
-            frame = self.preprocess(torch.zeros(1, *shape, dtype=torch.uint8))
-            conv = [init(nn.Conv2d(frame.shape[1], 32, 8, 4)), nn.ReLU()]
-            conv += [init(nn.Conv2d(32, 64, 4, 2)), nn.ReLU()]
-            conv += [init(nn.Conv2d(64, 64, 3, 1)), nn.ReLU(), nn.Flatten()]
-            return [*conv, init(nn.Linear(nn.Sequential(*conv)(frame).shape[1], 512)), nn.ReLU()]
-
-        width = 512 if self.pixels else (*shape, *args.hidden_sizes)[-1]
-        trunk, actor, critic = (body(), [], []) if args.shared_network else ([], body(), body())
-        self.trunk = Chain(*trunk)
-        outputs = (2 if self.beta or args.std == "state" else 1) * len(self.low)
-        self.actor = Chain(*actor, init(nn.Linear(width, outputs), 0.01))
-        log_std = torch.full(self.low.shape, args.log_std_init)
-        trained = args.std == "independent" and not self.beta
-        self.log_std = nn.Parameter(log_std, requires_grad=trained)
-        self.critic = Chain(*critic, init(nn.Linear(width, 1), 1.0))
+        self.action_shape, self.action_dtype = self.low.shape, np.float32
+        num_actions = len(self.low)
+        self.noise = Normal(torch.zeros(num_actions), torch.ones(num_actions))
+        self.beta = args.distribution == "beta"
+        self.std = args.std
+        self.log_std_init = args.log_std_init
+        if args.std == "independent" and not self.beta:
+            self.log_std = nn.Parameter(torch.full((num_actions,), args.log_std_init))
+        if args.std == "fixed" and not self.beta:
+            self.register_buffer("log_std", torch.full((num_actions,), args.log_std_init))
+        width = 512 if self.image else (*obs_shape, *args.hidden_sizes)[-1]
+        trunk, actor, critic = [], make_body(args, obs_shape), make_body(args, obs_shape)
+        if args.shared_network:
+            trunk, actor, critic = actor, [], []
+        self.trunk = nn.Sequential(*trunk)
+        num_outputs = 2 * num_actions if self.beta or args.std == "state" else num_actions
+        self.actor = nn.Sequential(*actor, nn.Linear(width, num_outputs))
+        self.critic = nn.Sequential(*critic, nn.Linear(width, 1))
+        if args.ortho_init:
+            for layer in self.modules():
+                if isinstance(layer, nn.Linear | nn.Conv2d):
+                    nn.init.orthogonal_(layer.weight, 2**0.5)
+                    nn.init.zeros_(layer.bias)
+            nn.init.orthogonal_(self.actor[-1].weight, 0.01)
+            nn.init.orthogonal_(self.critic[-1].weight, 1.0)
 
     def preprocess(self, obs: Tensor) -> Tensor:
         """Observations [n, *O] as the networks read them."""
-        if self.pixels:
+        if self.image:
             obs = obs.movedim(-1, 1) if self.channels_last else obs
             return obs.to(torch.float32, memory_format=torch.channels_last) / 255.0
         if self.norm_obs:
-            obs = self.obs_norm.normalize(obs)
-            return obs if self.clip_obs is None else obs.clamp(-self.clip_obs, self.clip_obs)
+            obs = (obs - self.obs_norm.mean) / self.obs_norm.std
+            obs = obs.clamp(-self.clip_obs, self.clip_obs)
         return obs
 
-    def act(self, obs: Tensor, noise: Tensor | None) -> Tensor:
-        """Actions [n, *A] for observations [n, *O], drawn with `noise`; without it the mode."""
-        dist = self.distribution(self.trunk(self.preprocess(obs)))
-        return self.mode(dist) if noise is None else self.sample(dist, noise)
-
-    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """Distributions [n, D] and the critic's outputs [n] for observations [n, *O]."""
-        features = self.trunk(self.preprocess(obs))
-        return self.distribution(features), self.critic(features).squeeze(-1)
-
     def distribution(self, features: Tensor) -> Tensor:
-        """Means and log-deviations, or both parameters of betas, [n, 2A]."""
+        """Means and logs of the std, or alphas and betas, [n, D]."""
         outputs = self.actor(features)
-        if self.beta:
+        if self.beta:  # alpha and beta above 1: one peak (Chou et al. 2017)
             return 1 + F.softplus(outputs)
         if self.std == "state":
             mean, log_std = outputs.chunk(2, -1)
             return torch.cat((mean, (log_std + self.log_std_init).clamp(-20, 2)), -1)
         return torch.cat((outputs, self.log_std.expand_as(outputs)), -1)
 
-    def draw_noise(self, *shape: int) -> Tensor:
-        """Standard normal noise [*shape, A]."""
-        return torch.randn(*shape, *self.action_shape, device=self.obs_norm.mean.device)
-
-    def sample(self, dist: Tensor, noise: Tensor) -> Tensor:
-        """Actions [..., A] drawn with normal noise [..., A], which a beta has no use for."""
+    def act(self, obs: Tensor, noise: Tensor | None) -> Tensor:
+        """Actions [n, A] for observations [n, *O]: a sample, or the mode without noise."""
+        dist = self.distribution(self.trunk(self.preprocess(obs)))
         first, second = dist.chunk(2, -1)
-        return beta_dist(first, second).sample() if self.beta else first + second.exp() * noise
+        if self.beta:
+            mode = (first - 1 + 1e-6) / (first + second - 2 + 2e-6)
+            return mode if noise is None else Beta(first, second, validate_args=False).sample()
+        return first if noise is None else first + second.exp() * noise
 
-    def mode(self, dist: Tensor) -> Tensor:
-        """Most probable actions [..., A]; the middle where a beta has no peak."""
-        first, second = dist.chunk(2, -1)
-        return (first - 1 + 1e-6) / (first + second - 2 + 2e-6) if self.beta else first
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """Distributions [n, D], and the critic's outputs [n]."""
+        features = self.trunk(self.preprocess(obs))
+        return self.distribution(features), self.critic(features).squeeze(-1)
 
     def log_prob(self, dist: Tensor, actions: Tensor) -> Tensor:
-        """Log-densities [...] of unclipped actions [..., A], summed over their dimensions."""
+        """Log-densities [n] of actions [n, A], before they are clipped, under [n, D]."""
         first, second = dist.chunk(2, -1)
         if self.beta:
-            inside = actions.clamp(1e-6, 1 - 1e-6)  # finite at the end points
-            return beta_dist(first, second).log_prob(inside).sum(-1)
-        scaled, constant = (actions - first) * (-second).exp(), 0.5 * math.log(2 * math.pi)
-        cost = torch.addcmul(second, scaled, scaled, value=0.5).sum(-1)
-        return -constant * actions.shape[-1] - cost
+            inside = actions.clamp(1e-6, 1 - 1e-6)  # the density may be 0 at the bounds
+            return Beta(first, second, validate_args=False).log_prob(inside).sum(-1)
+        z = (actions - first) * (-second).exp()
+        return -(0.5 * z.square() + second).sum(-1) - 0.5 * math.log(2 * math.pi) * z.shape[-1]
 
     def entropy(self, dist: Tensor) -> Tensor:
-        """Differential entropies [...] in nats, summed over the action's dimensions."""
+        """Differential entropies [n] in nats of distributions [n, D]."""
         first, second = dist.chunk(2, -1)
         if self.beta:
-            return beta_dist(first, second).entropy().sum(-1)
+            return Beta(first, second, validate_args=False).entropy().sum(-1)
         return second.sum(-1) + 0.5 * math.log(2 * math.pi * math.e) * second.shape[-1]
 
     def kl_divergence(self, p: Tensor, q: Tensor) -> Tensor:
-        """Exact KL(p, q) [...] in nats, summed over the action's dimensions."""
-        (first, second), (other_first, other_second) = p.chunk(2, -1), q.chunk(2, -1)
+        """Exact KL(p, q) [n] in nats between distributions [n, D]."""
         if self.beta:
-            other = beta_dist(other_first, other_second)
-            return kl_divergence(beta_dist(first, second), other).sum(-1)
-        narrower = second - other_second
-        squares = ((first - other_first) * (-other_second).exp()).square()
-        return (0.5 * ((2 * narrower).expm1() + squares) - narrower).sum(-1)
+            p, q = (Beta(*dist.chunk(2, -1), validate_args=False) for dist in (p, q))
+            return kl_divergence(p, q).sum(-1)
+        (p_mean, p_log_std), (q_mean, q_log_std) = p.chunk(2, -1), q.chunk(2, -1)
+        log_ratio = p_log_std - q_log_std
+        z = (p_mean - q_mean) * (-q_log_std).exp()
+        return (0.5 * ((2 * log_ratio).expm1() + z.square()) - log_ratio).sum(-1)
 
-    def to_env(self, actions: Tensor) -> np.ndarray:
-        """Actions [n, A] as the environment takes them: within its bounds and in its shape."""
-        actions = actions.cpu().numpy()
-        if self.beta:
-            actions = self.low + (self.high - self.low) * actions
-        return np.minimum(np.maximum(actions, self.low), self.high).reshape(-1, *self.space_shape)
-
-    def deviation(self, dist: Tensor) -> Tensor:
-        """Standard deviations [..., A] of the actions, in the environment's units."""
+    def action_std(self, dist: Tensor) -> Tensor:
+        """Standard deviations [n, A] of the actions in the environment's units."""
         first, second = dist.chunk(2, -1)
         if self.beta:
-            width = torch.as_tensor(self.high - self.low, dtype=dist.dtype, device=dist.device)
-            return beta_dist(first, second).stddev * width
+            return Beta(first, second).stddev * torch.from_numpy(self.high - self.low).to(dist)
         return second.exp()
 
-    @torch.no_grad()
-    def advance_value_norm(self, targets: Tensor, popart: bool) -> None:
-        """Take in targets [n]; PopArt (van Hasselt et al. 2016) then keeps all values as is."""
-        old_mean, old_std = self.value_norm.mean.clone(), self.value_norm.std.clone()
-        self.value_norm.advance(targets)
-        if popart:
-            head, mean, std = self.critic[-1], self.value_norm.mean, self.value_norm.std
-            head.weight.mul_(old_std / std)
-            head.bias.copy_((head.bias * old_std + old_mean - mean) / std)
-
-
-# ---- rollout
+    def to_env(self, actions: np.ndarray) -> np.ndarray:
+        """Actions [N, A] as the environment takes them: clipped, in its shape and dtype."""
+        if self.beta:
+            actions = self.low + (self.high - self.low) * actions
+        actions = actions.clip(self.low, self.high).reshape(-1, *self.action_space.shape)
+        return actions.astype(self.action_space.dtype)
 
 
 class Rollout:
-    """Buffers that `collect` fills, and what one rollout leaves for the next."""
+    """T steps of N environments in numpy, and what the next rollout continues from."""
 
     def __init__(self, args: Args, agent: Agent, envs: VectorEnv, seed: int) -> None:
-        space, steps, rows = envs.single_observation_space, args.num_steps, args.num_steps + 1
-        dtype, n = torch.uint8 if agent.pixels else torch.float32, envs.num_envs
-        device, action = agent.obs_norm.mean.device, agent.action_dtype
-        self.obs = torch.zeros(rows, n, *space.shape, dtype=dtype, device=device)
-        self.actions = torch.zeros(steps, n, *agent.action_shape, dtype=action, device=device)
-        # views of a step's observations, the next ones and the actions
-        self.rows = list(zip(self.obs[:-1], self.obs[1:], self.actions, strict=True))
-        self.rewards, self.lives = np.zeros((steps, n)), np.zeros((rows, n), np.int64)
-        self.terminated, self.truncated = np.zeros((2, steps, n), bool)
-        self.valid = np.ones((rows, n), bool)  # False where NEXT_STEP resets
-        self.final_obs: list[tuple[int, int, np.ndarray]] = []
-        self.so_far = np.zeros((2, n))  # return and length of the episodes under way
-        self.discounted = torch.zeros(n, device=device)  # their discounted returns
-        self.stuck: tuple[int, str] | None = None  # step that failed, and why
-        self.signals: tuple[Tensor, ...] = ()  # of `learning_signals`
-        self.values = torch.zeros(0)  # [B] of `make_batch`, in units of the rewards
-        seeds = {} if args.vectorization == "envpool" else {"seed": seed}
-        obs, infos = attempt(envs, envs.reset, **seeds)
-        self.obs[-1] = torch.from_numpy(np.ascontiguousarray(obs))
-        games = is_atari(args) or args.vectorization == "envpool"
-        self.atari = games and agent.pixels and "lives" in infos
-        if self.atari:
-            self.lives[-1] = infos["lives"]
+        shape = (args.num_steps, envs.num_envs)
+        obs_shape = (shape[0] + 1, shape[1], *envs.single_observation_space.shape)
+        self.obs = np.zeros(obs_shape, np.uint8 if agent.image else np.float32)
+        self.actions = np.zeros((*shape, *agent.action_shape), agent.action_dtype)
+        self.rewards = np.zeros(shape)
+        self.terminated, self.truncated, self.life_lost = np.zeros((3, *shape), bool)
+        self.valid = np.ones(obs_shape[:2], bool)  # False: NEXT_STEP reset, the action is ignored
+        self.final_obs: list[tuple[int, int, np.ndarray]] = []  # (t, n, obs) where truncated
+        self.episode_return, self.episode_length, self.discounted_return = np.zeros((3, shape[1]))
+        self.next_step = envs.metadata["autoreset_mode"] == AutoresetMode.NEXT_STEP
+        seeded = {} if args.vectorization == "envpool" else {"seed": seed}
+        self.obs[-1], infos = envs.reset(**seeded)
+        atari = args.vectorization == "envpool" or is_atari(args.env_id)
+        self.lives = infos.get("lives") if atari and agent.image else None
+
+    @torch.inference_mode()
+    def collect(self, agent: Agent, envs: VectorEnv, sample: bool = True) -> list[tuple]:
+        """Step the environments; undiscounted return and length of every finished episode."""
+        agent.eval()
+        device = agent.value_norm.mean.device
+        noise = agent.noise.sample(self.rewards.shape).to(device)
+        self.obs[0] = self.obs[-1]
+        self.valid[0] = self.valid[-1]
+        self.final_obs = []
+        for t, (obs, step_noise) in enumerate(zip(torch.from_numpy(self.obs), noise, strict=False)):
+            action = agent.act(obs.to(device), step_noise if sample else None)
+            self.actions[t] = action.cpu().numpy()
+            step = envs.step(agent.to_env(self.actions[t]))
+            self.obs[t + 1], self.rewards[t], self.terminated[t], self.truncated[t], infos = step
+            if "final_obs" in infos:
+                for n in np.flatnonzero(self.truncated[t] & ~self.terminated[t]):
+                    self.final_obs.append((t, n, infos["final_obs"][n]))
+            if self.lives is not None:
+                lives = infos["lives"]
+                if "final_info" in infos:  # `lives` are those of the next game
+                    dones = self.terminated[t] | self.truncated[t]
+                    lives = np.where(dones, infos["final_info"]["lives"], lives)
+                self.life_lost[t] = lives < self.lives
+                self.lives = infos["lives"].copy()
+
+        dones = self.terminated | self.truncated
+        if self.next_step:
+            self.valid[1:] = ~dones
+        returns = self.episode_return + self.rewards.cumsum(0)
+        lengths = self.episode_length + self.valid[:-1].cumsum(0)
+        episodes = []
+        for t, n in np.argwhere(dones):
+            episodes.append((float(returns[t, n]), int(lengths[t, n])))
+            returns[t:, n] -= returns[t, n]
+            lengths[t:, n] -= lengths[t, n]
+        self.episode_return = returns[-1]
+        self.episode_length = lengths[-1]
+        return episodes
 
 
-@torch.inference_mode()
-def collect(agent: Agent, envs: VectorEnv, rollout: Rollout, interrupted: list[int]) -> None:
-    """Step every environment T times, or until interrupted or stuck."""
-    rollout.obs[0] = rollout.obs[-1]
-    rollout.valid[0], rollout.lives[0] = rollout.valid[-1], rollout.lives[-1]
-    rollout.final_obs.clear()
-    noise = agent.draw_noise(*rollout.rewards.shape)
-    steps = zip(noise, rollout.rows, strict=True)
-    for t, (draw, (obs, next_obs, actions)) in enumerate(steps):
-        if interrupted:
-            return
-        actions.copy_(agent.act(obs, draw))
-        try:
-            step = attempt(envs, envs.step, agent.to_env(actions))
-        except EnvironmentFailure as error:
-            rollout.stuck = t, str(error)
-            return
-        seen, rewards, terminated, truncated, infos = step
-        next_obs.copy_(torch.from_numpy(np.ascontiguousarray(seen)))
-        rollout.rewards[t] = rewards
-        rollout.terminated[t], rollout.truncated[t] = terminated, truncated
-        if "final_obs" in infos:
-            ends = np.flatnonzero(truncated & ~terminated)
-            rollout.final_obs += [(t, n, infos["final_obs"][n]) for n in ends]
-        if rollout.atari:
-            rollout.lives[t + 1] = infos["lives"]
-    if envs.metadata["autoreset_mode"] == AutoresetMode.NEXT_STEP:
-        rollout.valid[1:] = ~(rollout.terminated | rollout.truncated)
+def check_finite(iteration: int, **values: Any) -> None:
+    """End the run before something that is not finite is saved."""
+    for name, value in values.items():
+        if len(where := np.argwhere(~np.isfinite(value))):
+            raise FloatingPointError(f"iteration {iteration}: {name} {where[0]} is not finite")
 
 
-def finished_episodes(rollout: Rollout) -> list[tuple[float, int]]:
-    """Return and length of every episode that ended in the rollout."""
-    sums = np.stack((rollout.rewards, rollout.valid[:-1])).cumsum(1) + rollout.so_far[:, None]
-    episodes, start = [], np.zeros_like(rollout.so_far)
-    for t, n in np.argwhere(rollout.terminated | rollout.truncated):
-        total, length = sums[:, t, n] - start[:, n]
-        episodes.append((float(total), int(length)))
-        start[:, n] = sums[:, t, n]
-    rollout.so_far = sums[:, -1] - start
-    return episodes
+def process_rewards(agent: Agent, rollout: Rollout, args: Args) -> None:
+    """Turn the environment's rewards and ends into those to learn from, in place."""
+    if args.episodic_life:
+        rollout.terminated |= rollout.life_lost
+    if args.sign_reward and rollout.lives is not None:
+        rollout.rewards = np.sign(rollout.rewards)
+    if args.norm_reward:  # by the std of the discounted return; signs stay (Engstrom et al. 2020)
+        not_done = ~(rollout.terminated | rollout.truncated)
+        discounted_returns = np.zeros_like(rollout.rewards)
+        for t, reward in enumerate(rollout.rewards):
+            discounted_returns[t] = reward + args.gamma * rollout.discounted_return
+            rollout.discounted_return = discounted_returns[t] * not_done[t]
+        samples = torch.from_numpy(discounted_returns[rollout.valid[:-1]])
+        agent.reward_norm.update(samples.to(agent.reward_norm.mean.device))
+        limit = np.inf if args.clip_reward is None else args.clip_reward
+        rollout.rewards = (rollout.rewards / agent.reward_norm.std.item()).clip(-limit, limit)
+    if not args.bootstrap_truncated:
+        rollout.terminated |= rollout.truncated
 
 
-@torch.no_grad()
-def evaluate_rows(agent: Agent, obs: Tensor) -> tuple[Tensor, Tensor]:
-    """Distributions [n, D] and values [n], in units of the rewards, for observations [n, *O]."""
-    rows = 256 if agent.pixels else 1024  # at a time: some 50 MB of frames
-    dists, outputs = zip(*map(agent, obs.split(rows)), strict=True)
-    return torch.cat(dists), torch.cat(outputs) * agent.value_norm.std + agent.value_norm.mean
+def compute_advantages(
+    rewards: Tensor, values: Tensor, next_values: Tensor, dones: Tensor, gamma: float, lam: float
+) -> Tensor:
+    """Generalized advantage estimates (Schulman et al. 2016, eq. 16); all [T, N].
 
-
-# ---- targets
-
-
-def discounted_sum(terms: Tensor, decay: Tensor) -> Tensor:
-    """y[t] = terms[t] + decay[t] * y[t + 1], with 0 after the last row; all [T, N].
-
-    Doubles the number of terms in every sum until they hold all (Hillis and Steele 1986).
+    A[t] = delta[t] + decay[t] * A[t + 1] takes log2(T) instead of T steps: after each, sums[t]
+    holds twice as many of the terms of A[t], and decay[t] is the factor of the next one.
     """
-    sums, span = terms, 1
-    while span < len(terms):
-        sums = torch.cat((sums[:-span] + decay[: len(terms) - span] * sums[span:], sums[-span:]))
-        decay, span = decay[:-span] * decay[span:], 2 * span
+    sums = rewards + gamma * next_values - values
+    decay = gamma * lam * ~dones
+    span = 1
+    while span < len(sums):
+        sums = torch.cat((sums[:-span] + decay[:-span] * sums[span:], sums[-span:]))
+        decay = torch.cat((decay[:-span] * decay[span:], decay[-span:]))
+        span *= 2
     return sums
 
 
-def compute_gae(
-    rewards: Tensor, values: Tensor, next_values: Tensor, ended: Tensor, gamma: float, lam: float
-) -> Tensor:
-    """Generalised advantages (Schulman et al. 2016, eq. 16), cut where `ended`; all [T, N].
-
-    `next_values`: 0 after a termination, else the value of the observation that the step led to.
-    """
-    return discounted_sum(rewards + gamma * next_values - values, gamma * lam * ~ended)
+@torch.no_grad()
+def evaluate_policy(agent: Agent, obs: Tensor) -> tuple[Tensor, Tensor]:
+    """Distributions [n, D], and values [n] in units of the rewards, of observations [n, *O]."""
+    chunks = [agent(chunk) for chunk in obs.split(256 if agent.image else 1024)]  # to save memory
+    dists, values = zip(*chunks, strict=True)
+    return torch.cat(dists), torch.cat(values) * agent.value_norm.std + agent.value_norm.mean
 
 
-def compute_returns(rewards: Tensor, next_values: Tensor, ended: Tensor, gamma: float) -> Tensor:
-    """Discounted returns, bootstrapped where an episode or the rollout is cut; all [T, N]."""
-    cut = ended.clone()
-    cut[-1] = True
-    return discounted_sum(rewards + gamma * next_values * cut, gamma * ~cut)
-
-
-def scale_rewards(
-    agent: Agent, rollout: Rollout, rewards: Tensor, ended: Tensor, args: Args
-) -> Tensor:
-    """Rewards [T, N] over the running deviation of the discounted return; signs stay."""
-    terms, goes_on = rewards.clone(), torch.ones_like(rewards)
-    terms[0] += args.gamma * rollout.discounted
-    goes_on[1:] -= ended[:-1].float()
-    discounted = discounted_sum(terms.flip(0), args.gamma * goes_on.flip(0)).flip(0)
-    rollout.discounted = discounted[-1] * ~ended[-1]
-    agent.reward_norm.advance(discounted[torch.as_tensor(rollout.valid[:-1])])
-    limit = torch.inf if args.clip_reward is None else args.clip_reward
-    return (rewards / agent.reward_norm.std).clamp(-limit, limit)
-
-
-def learning_signals(agent: Agent, rollout: Rollout, args: Args) -> tuple[Tensor, Tensor, Tensor]:
-    """Rewards to learn from, and where chains of them terminate or are truncated; all [T, N]."""
-    rewards, terminated, truncated = rollout.rewards, rollout.terminated, rollout.truncated
-    if rollout.atari and args.episodic_life:
-        terminated = terminated | (rollout.lives[1:] < rollout.lives[:-1])
-    if rollout.atari and args.sign_reward:
-        rewards = np.sign(rewards)
-    if not args.bootstrap_truncated:
-        terminated = terminated | truncated
-    to_device = partial(torch.as_tensor, device=rollout.obs.device)
-    signals = (rewards.astype(np.float32), terminated, truncated)
-    rewards, terminated, truncated = map(to_device, signals)
-    if args.norm_reward:
-        rewards = scale_rewards(agent, rollout, rewards, terminated | truncated, args)
-    return rewards, terminated, truncated
-
-
-def estimate(agent: Agent, rollout: Rollout, args: Args) -> tuple[Tensor, ...]:
-    """Distributions [B, D], values, advantages and value targets [B] under the present agent."""
-    rewards, terminated, truncated = rollout.signals
-    dists, values = evaluate_rows(agent, rollout.obs.flatten(0, 1))
-    values = values.view(rollout.valid.shape)
-    next_values = values[1:].clone()  # NEXT_STEP: the row after an end holds its last observation
+def compute_targets(agent: Agent, rollout: Rollout, args: Args) -> tuple[Tensor, ...]:
+    """Distributions [B, D], values, advantages and value targets [B] under the current agent."""
+    obs = torch.from_numpy(rollout.obs).to(agent.value_norm.mean.device)
+    dists, values = evaluate_policy(agent, obs.flatten(0, 1))
+    values = values.view(obs.shape[:2])
+    next_values = values[1:].clone()  # NEXT_STEP: the row after an end holds its final observation
     if rollout.final_obs:
-        t, n, obs = zip(*rollout.final_obs, strict=True)
-        obs = torch.as_tensor(np.stack(obs), dtype=rollout.obs.dtype, device=values.device)
-        next_values[t, n] = evaluate_rows(agent, obs)[1]
-    values, next_values, ended = values[:-1], next_values * ~terminated, terminated | truncated
-    advantages = compute_gae(rewards, values, next_values, ended, args.gamma, args.gae_lambda)
-    if args.value_target == "gae":
-        targets = advantages + values
-    elif args.value_target == "mc":
-        targets = compute_returns(rewards, next_values, ended, args.gamma)
-    else:
-        targets = rewards + args.gamma * next_values
-    return dists[: values.numel()], values.flatten(), advantages.flatten(), targets.flatten()
+        t, n, final_obs = zip(*rollout.final_obs, strict=True)
+        next_values[t, n] = evaluate_policy(agent, torch.from_numpy(np.stack(final_obs)).to(obs))[1]
+    terminated = torch.from_numpy(rollout.terminated).to(obs.device)
+    dones = terminated | torch.from_numpy(rollout.truncated).to(obs.device)
+    rewards = torch.from_numpy(rollout.rewards).to(values)
+    steps = (rewards, values[:-1], next_values * ~terminated, dones, args.gamma)
+    advantages = compute_advantages(*steps, args.gae_lambda)
+    # A + V is the discounted return for lambda = 1, and r + gamma V' for lambda = 0
+    target_lambda = {"gae": args.gae_lambda, "mc": 1.0, "td": 0.0}[args.value_target]
+    targets = values[:-1] + compute_advantages(*steps, target_lambda)
+    return dists[: rewards.numel()], values[:-1].flatten(), advantages.flatten(), targets.flatten()
 
 
-# ---- losses
-
-
-class Batch(NamedTuple):
-    """Rows [B, ...] of a rollout, its minibatches [K, M, ...], or one of them [M, ...]."""
-
-    obs: Tensor
-    actions: Tensor
-    logprobs: Tensor
-    dists: Tensor
-    ref_dists: Tensor
-    advantages: Tensor
-    targets: Tensor  # in the units of the critic's outputs, as are the old values
-    values: Tensor
-    weights: Tensor  # 0 where the row is no step
-
-
-def make_batch(agent: Agent, reference: Agent | None, rollout: Rollout, args: Args) -> Batch:
-    """What the update needs of a rollout; advances the value normaliser."""
-    dists, values, advantages, targets = estimate(agent, rollout, args)
-    rollout.values = values
-    obs, actions = rollout.obs[:-1].flatten(0, 1), rollout.actions.flatten(0, 1)
-    valid = torch.as_tensor(rollout.valid[:-1], device=obs.device).flatten()
-    outputs = agent.value_norm.normalize(values)
-    if args.norm_value != "none":
-        agent.advance_value_norm(targets[valid], args.norm_value == "popart")
-    if args.norm_value == "popart":
-        outputs = agent.value_norm.normalize(values)
-    return Batch(
-        obs=obs,
-        actions=actions,
-        logprobs=agent.log_prob(dists, actions),
-        dists=dists,
-        ref_dists=evaluate_rows(reference, obs)[0] if reference else dists,
-        advantages=advantages,
-        targets=agent.value_norm.normalize(targets),
-        values=outputs,
-        weights=valid.float(),
+@torch.no_grad()
+def make_batch(
+    agent: Agent, reference: Agent | None, rollout: Rollout, args: Args
+) -> tuple[Batch, dict[str, Tensor]]:
+    """Samples [B, ...] for the update, and what is logged of them; updates the value statistics."""
+    dists, values, advantages, targets = compute_targets(agent, rollout, args)
+    loss_mask = torch.from_numpy(rollout.valid[:-1]).to(values).flatten()
+    means, stds = masked_mean_std(
+        torch.stack((advantages, values, targets, targets - values)).double(),
+        loss_mask.expand(4, -1),
     )
-
-
-def normalize(weights: Tensor) -> Tensor:
-    """Weights [..., M] that sum to 1 over all processes, or to 0 if all are 0."""
-    return weights / all_sum(weights.sum(-1, keepdim=True)).clamp(min=1e-8)
-
-
-def standardize(advantages: Tensor, weights: Tensor) -> Tensor:
-    """Advantages [..., M] less their mean, over their deviation, of all rows of weight > 0."""
-    steps = (weights > 0).to(advantages.dtype)
-    count, total = all_sum(torch.stack((steps, steps * advantages)).sum(-1, keepdim=True))
-    centred = advantages - total / count.clamp(min=1)
-    variance = all_sum((steps * centred.square()).sum(-1, keepdim=True)) / (count - 1).clamp(min=1)
-    return centred / (variance.sqrt() + 1e-8)
-
-
-def policy_loss(
-    ratio: Tensor, advantages: Tensor, clip: float | None, dual_clip: float | None
-) -> Tensor:
-    """Clipped surrogate [M] (PPO, eq. 7), with the dual clip of Ye et al. (2020), eq. 3."""
-    cost = -advantages
-    loss = ratio * cost
-    if clip is not None:  # without a gradient, for it has none where it is the larger one
-        clipped = ratio.detach().clamp(1 - clip, 1 + clip) * cost
-        loss = torch.where(clipped > loss, clipped, loss)
-    if dual_clip is not None:
-        loss = torch.where((cost > 0) & (loss > dual_clip * cost), dual_clip * cost, loss)
-    return loss
-
-
-def value_loss(values: Tensor, targets: Tensor, huber: bool) -> Tensor:
-    """Half the squared error [M]; `huber`: linear where the error is above 1."""
-    return F.huber_loss(values, targets, reduction="none", delta=1.0 if huber else torch.inf)
-
-
-def value_clip(args: Args) -> float | None:
-    """How far the value may move from the old one."""
-    return args.clip_coef if args.vclip_coef is None else args.vclip_coef
-
-
-def clip_values(values: Tensor, batch: Batch, args: Args) -> Tensor:
-    """Values [M], clipped around the old ones where that makes the larger error (PPO2's clip)."""
-    clip = value_clip(args)
-    if not args.clip_vloss or clip is None:
-        return values
-    near = values.detach().clamp(batch.values - clip, batch.values + clip)
-    worse = (near - batch.targets).abs() > (values.detach() - batch.targets).abs()
-    return torch.where(worse, near, values)
+    metrics = {
+        "advantages/mean": means[0],
+        "advantages/std": stds[0],
+        "values/old_mean": means[1],
+        "values/target_mean": means[2],
+        "losses/explained_variance": 1 - (stds[3] / stds[2].clamp(min=1e-8)).square(),
+    }
+    norm = agent.value_norm
+    action_std, _ = masked_mean_std(agent.action_std(dists).T, loss_mask.expand(len(agent.low), -1))
+    metrics |= {f"policy/std_{i}": std for i, std in enumerate(action_std)}
+    old_mean, old_std = norm.mean.clone(), norm.std.clone()
+    old_outputs = (values - old_mean) / old_std
+    if args.norm_value != "none":
+        norm.update(targets[loss_mask > 0])
+    if args.norm_value == "popart":  # van Hasselt et al. 2016, eq. 9: no value changes
+        head = agent.critic[-1]
+        head.weight.mul_(old_std / norm.std)
+        head.bias.copy_((head.bias * old_std + old_mean - norm.mean) / norm.std)
+        old_outputs = (values - norm.mean) / norm.std
+    obs = torch.from_numpy(rollout.obs[:-1]).to(values.device).flatten(0, 1)
+    actions = torch.from_numpy(rollout.actions).to(values.device).flatten(0, 1)
+    batch = {
+        "obs": obs,
+        "actions": actions,
+        "dists": dists,
+        "logprobs": agent.log_prob(dists, actions),
+        "advantages": advantages,
+        "values": old_outputs,  # in units of the critic's outputs, as are the targets
+        "targets": (targets - norm.mean) / norm.std,
+        "loss_mask": loss_mask,  # 0 where the environment ignored the action
+    }
+    if reference:
+        batch["ref_dists"] = evaluate_policy(reference, obs)[0]
+    return batch, metrics
 
 
 def ppo_loss(
-    agent: Agent, batch: Batch, coefs: Tensor | list[float], args: Args
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Loss [] of a minibatch, and the distributions [M, D] and critic's outputs [M] behind it.
+    agent: Agent, batch: Batch, args: Args, coefs: Tensor, critic_only: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of one minibatch (PPO, eq. 9), and what is logged of it; all terms are [M] until then.
 
-    `coefs` [5] weigh the policy loss, value loss, entropy, KL(old, new) and KL(new, reference).
+    `coefs` are those of entropy and KL(old, new). The product with `weights` [M] is a mean.
     """
-    dists, values = agent(batch.obs)
-    policy_coef, value_coef, entropy_coef, kl_coef, ref_coef = coefs
-    ratio = (agent.log_prob(dists, batch.actions) - batch.logprobs).exp()
-    surrogate = policy_loss(ratio, batch.advantages, args.clip_coef, args.dual_clip_coef)
-    clipped = clip_values(values, batch, args)
-    errors = value_loss(clipped, batch.targets, args.value_loss == "huber")
-    loss = policy_coef * surrogate + value_coef * errors
-    if args.ent_coef > 0 or args.ent_coef_final is not None:
-        loss = loss + entropy_coef * agent.entropy(dists)
+    dist, values = agent(batch["obs"])
+    ent_coef, kl_coef = coefs
+
+    # Policy loss (PPO, eq. 7), with the dual clip of Ye et al. 2020, eq. 3
+    clip_coef = torch.inf if args.clip_coef is None else args.clip_coef
+    negative_advantages = -batch["advantages"]
+    logratio = agent.log_prob(dist, batch["actions"]) - batch["logprobs"]
+    ratio = logratio.exp()
+    clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
+    policy_loss = torch.max(negative_advantages * ratio, negative_advantages * clipped_ratio)
+    if args.dual_clip_coef is not None:
+        bounded_loss = torch.min(policy_loss, negative_advantages * args.dual_clip_coef)
+        policy_loss = torch.where(negative_advantages > 0, bounded_loss, policy_loss)
+
+    # Value loss, clipped around the old value as in PPO2 (Huang et al. 2022, detail 9)
+    vclip_coef = clip_coef if args.vclip_coef is None else args.vclip_coef
+    delta = 1.0 if args.value_loss == "huber" else torch.inf  # inf: half the squared error
+    value_error = partial(F.huber_loss, target=batch["targets"], reduction="none", delta=delta)
+    value_change = values - batch["values"]
+    value_loss = unclipped_value_loss = value_error(values)
+    if args.clip_vloss:
+        clipped_values = batch["values"] + value_change.clamp(-vclip_coef, vclip_coef)
+        value_loss = torch.max(unclipped_value_loss, value_error(clipped_values))
+
+    # Entropy bonus, and penalties on KL(old, new) (PPO, eq. 8) and KL(new, reference)
+    entropy = agent.entropy(dist)
+    kl = agent.kl_divergence(batch["dists"], dist)
+    ref_kl = torch.zeros_like(kl)
+    loss = policy_loss - ent_coef * entropy + args.vf_coef * value_loss
     if args.kl_coef > 0 or args.kl_target is not None:
-        loss = loss + kl_coef * agent.kl_divergence(batch.dists, dists)
+        loss = loss + kl_coef * kl
     if args.ref_checkpoint:
-        loss = loss + ref_coef * agent.kl_divergence(dists, batch.ref_dists)
-    return loss @ batch.weights, (dists, values)
+        ref_kl = agent.kl_divergence(dist, batch["ref_dists"])
+        loss = loss + args.ref_kl_coef * ref_kl
+    if critic_only:
+        loss = args.vf_coef * value_loss
 
-
-def loss_gradient(
-    agent: Agent, trained: list[nn.Parameter], batch: Batch, coefs: Tensor | list[float], args: Args
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Gradient [P] of `ppo_loss` by what is trained, as one vector, and what else it returns."""
-    loss, (dists, values) = ppo_loss(agent, batch, coefs, args)
-    parts = torch.autograd.grad(loss, trained)
-    return torch.cat([part.flatten() for part in parts]), (dists.detach(), values.detach())
-
-
-METRICS = (  # of `measure`, and the norm of the gradient
-    "losses/policy_loss losses/value_loss losses/entropy losses/kl losses/ref_kl "
-    "losses/old_approx_kl losses/approx_kl losses/clipfrac losses/value_loss_unclipped "
-    "losses/value_clipfrac values/mean losses/grad_norm"
-).split()
-
-
-@torch.no_grad()
-def measure(agent: Agent, batch: Batch, dists: Tensor, values: Tensor, args: Args) -> Tensor:
-    """METRICS without the gradient's norm [11], means over minibatches [..., M, *].
-
-    `dists` and `values` are what `ppo_loss` returned for each of them.
-    """
-    logratio = agent.log_prob(dists, batch.actions) - batch.logprobs
-    ratio, huber = logratio.exp(), args.value_loss == "huber"
-    kl, ref_kl = agent.kl_divergence(batch.dists, dists), torch.zeros_like(ratio)
-    if args.ref_checkpoint:
-        ref_kl = agent.kl_divergence(dists, batch.ref_dists)
-    rows = (
-        policy_loss(ratio, batch.advantages, args.clip_coef, args.dual_clip_coef),
-        value_loss(clip_values(values, batch, args), batch.targets, huber),
-        agent.entropy(dists),
-        kl,
-        ref_kl,
-        -logratio,
-        ratio - 1 - logratio,
-        ((ratio - 1).abs() > (args.clip_coef or torch.inf)).float(),
-        value_loss(values, batch.targets, huber),
-        ((values - batch.values).abs() > (value_clip(args) or torch.inf)).float(),
-        values,
-    )
-    return (torch.stack(rows) * batch.weights).sum(-1).view(len(rows), -1).mean(1)
-
-
-@cache
-def compiled(function: Callable) -> Callable:
-    """The function as one graph of C++ code, made at its first call."""
-    torch._dynamo.config.trace_autograd_ops = True
-    options = {"cpp_wrapper": True, "cpp.use_decompose_tanh": True}
-    return torch.compile(function, options=options)
-
-
-def clip_norm(gradient: Tensor, limit: float | None) -> Tensor:
-    """Scale a gradient [P] down to a norm of `limit`; returns the norm [] that it had."""
-    norm = torch.linalg.vector_norm(gradient)
-    if limit is not None:
-        gradient /= (norm / limit).clamp(min=1)
-    return norm
-
-
-# ---- update
-
-
-ADAM = dict(beta1=0.9, beta2=0.999, weight_decay=0.0, amsgrad=False, maximize=False)
-
-
-class Adam:
-    """Adam (Kingma and Ba 2015, section 2) on one vector of P weights that all parameters share.
-
-    It has two groups, first the policy's weights and those of a shared trunk, then the critic's.
-    The agent must be on its device by then, for moving it would tear the parameters away.
-    """
-
-    def __init__(self, agent: Agent, args: Args) -> None:
-        named = [(name, p) for name, p in agent.named_parameters() if p.requires_grad]
-        actor = [p for name, p in named if not name.startswith("critic.")]
-        self.critic = [p for name, p in named if name.startswith("critic.")]
-        self.parameters = actor + self.critic
-        self.weights = torch.cat([p.detach().flatten() for p in self.parameters])
-        parts = self.weights.split([p.numel() for p in self.parameters])
-        for parameter, part in zip(self.parameters, parts, strict=True):
-            parameter.data = part.view_as(parameter)
-        self.average, self.square = torch.zeros_like(self.weights), torch.zeros_like(self.weights)
-        sizes = [sum(p.numel() for p in group) for group in (actor, self.critic)]
-        vectors = (self.weights, self.average, self.square)
-        flats = zip(*(vector.split(sizes) for vector in vectors), strict=True)
-        self.param_groups = [{"flat": flat, "lr": args.learning_rate, "step": 0} for flat in flats]
-        epsilons = (args.actor_adam_eps, args.critic_adam_eps)
-        for group, eps in zip(self.param_groups, epsilons, strict=True):
-            group["eps"] = args.adam_eps if eps is None else eps
-
-    def step(self, gradient: Tensor) -> None:
-        """Move the weights by their gradient [P], or the critic's alone by theirs."""
-        groups = self.param_groups[len(gradient) < len(self.weights) :]
-        parts = gradient.split([len(group["flat"][0]) for group in groups])
-        for group, part in zip(groups, parts, strict=True):
-            group["step"] += 1
-            weights, average, square = group["flat"]
-            vectors = [weights], [part], [average], [square], []
-            step = [part.new_full((), group["step"])]
-            torch._fused_adam_(*vectors, step, lr=group["lr"], eps=group["eps"], **ADAM)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Moments and the groups' numbers of steps."""
-        steps = [group["step"] for group in self.param_groups]
-        return {"average": self.average, "square": self.square, "steps": steps}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from the moments and numbers of steps of a `state_dict`."""
-        self.average.copy_(state["average"])
-        self.square.copy_(state["square"])
-        for group, steps in zip(self.param_groups, state["steps"], strict=True):
-            group["step"] = steps
-
-
-def schedule(optimizer: Adam, args: Args, iteration: int, total: int) -> float:
-    """Set the learning rates for iteration 0 to total - 1; returns the weight of the entropy."""
-    rates = (args.actor_learning_rate, args.critic_learning_rate)
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        rate = args.learning_rate if rate is None else rate
-        group["lr"] = rate * (1 - iteration / total) if args.anneal_lr else rate
-    return line(args.ent_coef, args.ent_coef_final, iteration, total)
-
-
-def line(first: float, last: float | None, iteration: int, total: int) -> float:
-    """Value at an iteration on the line from the first to the last one; constant without `last`."""
-    return first if last is None else first + (last - first) * iteration / max(total - 1, 1)
+    with torch.no_grad():
+        metrics = {
+            "losses/policy_loss": policy_loss,
+            "losses/value_loss": value_loss,
+            "losses/value_loss_unclipped": unclipped_value_loss,
+            "losses/value_clipfrac": (value_change.abs() > vclip_coef).float(),
+            "losses/entropy": entropy,
+            "losses/kl": kl,
+            "losses/ref_kl": ref_kl,
+            "losses/old_approx_kl": -logratio,
+            "losses/approx_kl": ratio - 1 - logratio,  # http://joschu.net/blog/kl-approx.html
+            "losses/clipfrac": ((ratio - 1).abs() > clip_coef).float(),
+            "values/mean": values * agent.value_norm.std + agent.value_norm.mean,
+        }
+        means = torch.stack(list(metrics.values())) @ batch["weights"]
+    return loss @ batch["weights"], dict(zip(metrics, means.unbind(), strict=True))
 
 
 def update(
-    agent: Agent,
-    optimizer: Adam,
-    rollout: Rollout,
-    batch: Batch,
-    args: Args,
-    coefs: list[float],
-    warmup: bool,
-) -> Tensor:
-    """Epochs of minibatches; in a warm-up and in the critic's own epochs the policy stands still.
-
-    Returns METRICS, means over all minibatches. Nothing is read back but the KL for `target_kl`.
-    """
-    gradient_of, metrics_of = loss_gradient, measure
-    critic_coefs = [0.0, coefs[1], 0.0, 0.0, 0.0]
-    if args.compile:  # with tensors, for another number would be another graph
-        gradient_of, metrics_of = compiled(loss_gradient), compiled(measure)
-        coefs, critic_coefs = (
-            torch.as_tensor(x, device=batch.weights.device) for x in (coefs, critic_coefs)
-        )
-    norms, history, shape, stopped = [], [], (args.num_minibatches, -1), False
-    for epoch, alone in enumerate([warmup] * args.update_epochs + [True] * args.critic_epochs):
-        if stopped and not alone:
+    agent: Agent, optimizer: Optimizer, rollout: Rollout, batch: Batch, args: Args, coefs: Tensor
+) -> dict[str, Tensor]:
+    """Epochs of minibatches; means of the metrics over all minibatches and processes."""
+    loss_function = torch.compile(ppo_loss) if args.compile else ppo_loss
+    max_grad_norm = torch.inf if args.max_grad_norm is None else args.max_grad_norm
+    critic_params = optimizer.param_groups[1]["params"]
+    all_params = optimizer.param_groups[0]["params"] + critic_params
+    num_samples = len(batch["obs"])
+    minibatch_size = num_samples // args.num_minibatches
+    history = []
+    stop_policy = False
+    agent.train()
+    for epoch in range(args.update_epochs + args.critic_epochs):
+        critic_only = epoch >= args.update_epochs
+        params = critic_params if critic_only else all_params
+        if stop_policy and not critic_only:
             continue
-        if epoch and args.recompute_advantages:
-            _, _, advantages, targets = estimate(agent, rollout, args)
-            targets = agent.value_norm.normalize(targets)
-            batch = batch._replace(advantages=advantages, targets=targets)
-        order = torch.randperm(len(batch.obs), device=batch.obs.device)
-        epoch_rows = Batch(*(rows.index_select(0, order).unflatten(0, shape) for rows in batch))
-        advantages, weights = epoch_rows.advantages, epoch_rows.weights
+        if epoch > 0 and args.recompute_advantages:
+            _, _, batch["advantages"], targets = compute_targets(agent, rollout, args)
+            batch["targets"] = (targets - agent.value_norm.mean) / agent.value_norm.std
+        order = torch.randperm(num_samples, device=coefs.device)
+        samples = {key: x.index_select(0, order) for key, x in batch.items()}
+        mask = samples["loss_mask"].view(-1, minibatch_size)
+        samples["weights"] = (mask / all_sum(mask.sum(1, keepdim=True)).clamp(min=1)).flatten()
         if args.norm_adv:
-            scope = shape if args.norm_adv_scope == "minibatch" else (1, -1)
-            advantages = standardize(advantages.view(scope), weights.view(scope)).view(shape)
-        epoch_rows = epoch_rows._replace(advantages=advantages, weights=normalize(weights))
-        trained = optimizer.critic if alone else optimizer.parameters
-        minibatch_coefs = critic_coefs if alone else coefs
-        seen = []
-        for minibatch in map(Batch._make, zip(*epoch_rows, strict=True)):
-            gradient, outputs = gradient_of(agent, trained, minibatch, minibatch_coefs, args)
-            norms.append(clip_norm(all_sum(gradient), args.max_grad_norm))
-            seen.append(outputs)
-            optimizer.step(gradient)
-        dists, values = map(torch.stack, zip(*seen, strict=True))
-        history.append(metrics_of(agent, epoch_rows, dists, values, args))
-        if args.target_kl is not None and not alone:
-            kl = all_sum(history[-1][METRICS.index("losses/approx_kl")].clone())
-            stopped = bool(kl > args.target_kl)
-    return torch.cat((all_sum(torch.stack(history).mean(0)), torch.stack(norms).mean(0, True)))
+            scope = minibatch_size if args.norm_adv_scope == "minibatch" else num_samples
+            advantages = samples["advantages"].view(-1, scope)
+            mean, std = masked_mean_std(advantages, mask.view(-1, scope))
+            samples["advantages"] = ((advantages - mean) / (std + 1e-8)).flatten()
+
+        for start in range(0, num_samples, minibatch_size):
+            minibatch = {k: x[start : start + minibatch_size] for k, x in samples.items()}
+            loss, metrics = loss_function(agent, minibatch, args, coefs, critic_only)
+            optimizer.zero_grad()
+            loss.backward(inputs=params)
+            if WORLD_SIZE > 1:  # sum the gradients of all processes, in one message
+                grads = [p.grad for p in params if p.grad is not None]
+                nn.utils.vector_to_parameters(all_sum(nn.utils.parameters_to_vector(grads)), grads)
+            grad_norm = nn.utils.clip_grad_norm_(params, max_grad_norm)
+            optimizer.step()
+            metrics["losses/grad_norm"] = grad_norm / WORLD_SIZE  # the same in all processes
+            history.append(torch.stack(list(metrics.values())))
+
+        if args.target_kl is not None and not critic_only:
+            epoch_means = all_sum(torch.stack(history[-args.num_minibatches :]).mean(0))
+            approx_kl = dict(zip(metrics, epoch_means, strict=True))["losses/approx_kl"]
+            stop_policy = bool(approx_kl > args.target_kl)
+    return dict(zip(metrics, all_sum(torch.stack(history).mean(0)), strict=True))
 
 
-# ---- logging
-
-
-def describe(
-    batch: Batch, values: Tensor, metrics: Tensor, norm: RunningMeanStd
-) -> dict[str, float]:
-    """METRICS and what batch and old values [B] tell, read back at once, in the rewards' units."""
-    targets, weights = batch.targets * norm.std + norm.mean, normalize(batch.weights).double()
-    rows = torch.stack((batch.advantages, values, targets, targets - values)).double()
-    mean, count = all_sum(rows @ weights), all_sum((weights > 0).sum())
-    squares = all_sum((rows - mean.unsqueeze(-1)).square() @ weights)
-    variance = squares * count / (count - 1).clamp(min=1)
-    told = torch.cat((metrics, mean, variance, torch.stack((norm.mean, norm.std)))).tolist()
-    means, variances, (centre, scale) = told[-10:-6], told[-6:-2], told[-2:]
-    scalars = dict(zip(METRICS, told[:-10], strict=True))
-    return scalars | {
-        "losses/explained_variance": 1 - variances[3] / variances[2] if variances[2] > 0 else 0.0,
-        "advantages/mean": means[0],
-        "advantages/std": variances[0] ** 0.5,
-        "values/mean": scalars["values/mean"] * scale + centre,
-        "values/old_mean": means[1],
-        "values/target_mean": means[2],
-    }
-
-
-def log(writer: SummaryWriter, step: int, scalars: dict[str, float]) -> None:
-    """Write all scalars of a step as one event."""
-    values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
-    writer.file_writer.add_summary(Summary(value=values), step)
-
-
-def open_writer(run_dir: Path, args: Args, step: int) -> SummaryWriter | None:
-    """The first process's writer of events after this step; it lists the run in the HPARAMS tab."""
-    if RANK > 0:
-        return None
-    writer = SummaryWriter(run_dir, purge_step=step + 1)
-    flags = {
-        name: value if type(value) in (int, float, str) else str(value)
-        for name, value in vars(args).items()
-    }
-    newest = ("charts/return_100", "charts/episodic_return", "eval/episodic_return")
-    for summary in hparams(flags, dict.fromkeys(newest, 0)):
-        writer.file_writer.add_summary(summary)
-    return writer
-
-
-# ---- checkpoint
-
-
-CHECKPOINT = {"args", "step", "beta", "returns", "rng", "cuda_rng", "agent", "optimizer"}
-
-
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Put the new checkpoint into the old one's place at once: a kill leaves one of them whole."""
-    if RANK > 0:
-        return
-    content, new = io.BytesIO(), path.with_suffix(".tmp")
-    torch.save(state, content)
+def load_checkpoint(run_dir: str) -> dict[str, Any]:
+    """Checkpoint of a run; `weights_only` runs no code that the file may hold."""
+    path = Path(run_dir, "checkpoint.pt")
     try:
-        with open(new, "wb") as file:
-            file.write(content.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    except OSError:
-        new.unlink(missing_ok=True)
-        raise
-
-
-def load_checkpoint(flag: str, name: str) -> dict[str, Any]:
-    """Checkpoint of a run, named by its directory or file; runs no code that it may hold."""
-    path = Path(name, "checkpoint.pt") if os.path.isdir(name) else Path(name)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip():
-                raise ValueError("wrong checksum")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if missing := CHECKPOINT - state.keys():
-            raise ValueError(f"it lacks {missing}")
-        state["args"] = Args(**state["args"])
-        state["args"].run_dir = str(path.parent)
+        if zipfile.ZipFile(path).testzip():
+            raise ValueError("wrong checksum")
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        fail(f"--{flag} {name}: no checkpoint of this script, or damaged ({error})")
-    return state
+        fail(f"{path} is missing (no checkpoint was saved: start the run anew) or damaged: {error}")
 
 
-def load_agent(flag: str, state: dict[str, Any], agent: Agent, args: Args) -> None:
-    """Put the checkpoint's networks and normalisers into an agent for the same environment."""
-    if state["args"].env_id != args.env_id:
-        fail(f"--{flag}: made for {state['args'].env_id}, not for {args.env_id}")
-    try:
-        agent.load_state_dict(state["agent"])
-    except RuntimeError as error:
-        fail(f"--{flag}: the networks differ: {error}")
-
-
-# ---- train, evaluate
-
-
-def terminate(*_: Any) -> NoReturn:
-    """End the process as a Ctrl-C does, with the code of SIGTERM."""
-    raise KeyboardInterrupt(143)
-
-
-def ignore_os_errors(error: Any) -> None:
-    """Leave a full disk, of which the writer's thread tells the main one, to the latter."""
-    if not issubclass(error.exc_type, OSError):
-        threading.__excepthook__(error)
-
-
-def open_run(run_dir: Path, args: Args, state: dict) -> None:
-    """Make the directory of a run with its args.json."""
-    if RANK > 0:
-        return
-    own = bool(state) and args.run_dir == state["args"].run_dir
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with open(run_dir / "args.json", "w" if own else "x") as file:
-        json.dump(vars(args), file, indent=2)
-
-
-def environment_seed(seed: int, step: int) -> int:
-    """Seed of the environments that a run with this seed starts at this step."""
-    return int(np.random.SeedSequence((seed, step)).generate_state(1)[0] >> 1)
-
-
-def find_broken(rollout: Rollout, step: int) -> list[str]:
-    """What failed first after `step`, or was the first not to be finite, if there is such."""
-    envs = len(rollout.so_far[0])
-    if rollout.stuck:
-        t, why = rollout.stuck
-        return [f"{why} at step {step + t * envs * PROCESSES}"]
-    found = [(t, n, "reward") for t, n in np.argwhere(~np.isfinite(rollout.rewards))]
-    ends = [(t, n) for t, n, obs in rollout.final_obs if not np.isfinite(obs).all()]
-    found += [(t, n, "observation") for t, n in ends]
-    if rollout.obs.is_floating_point() and not np.isfinite(rollout.obs.sum().item()):
-        rows = (~rollout.obs.isfinite()).nonzero().tolist()
-        found += [(max(t - 1, 0), n, "observation") for t, n, *_ in rows]
-    return [
-        f"the {what} of environment {RANK * envs + n} is not finite at step "
-        f"{step + t * envs * PROCESSES}"
-        for t, n, what in sorted(found)[:1]
-    ]
+def evaluate(args: Args, agent: Agent, envs: VectorEnv, seed: int, step: int) -> None:
+    """Play episodes in one environment; networks and statistics stay as they are."""
+    rollout = Rollout(replace(args, num_steps=1), agent, envs, seed)
+    returns = []
+    while len(returns) < args.eval_episodes:
+        for episode_return, _ in rollout.collect(agent, envs, not args.eval_deterministic):
+            returns.append(episode_return)
+            print(f"episode {len(returns)}: return {episode_return:.2f}")
+    print(f"mean return {np.mean(returns):.2f} +- {np.std(returns):.2f}")
+    with SummaryWriter(args.run_dir) as writer:
+        writer.add_scalar("eval/episodic_return", np.mean(returns), step)
 
 
 def train(
-    args: Args, agent: Agent, envs: VectorEnv, seed: int, reference: Agent | None, state: dict
+    args: Args, agent: Agent, reference: Agent | None, envs: VectorEnv, seed: int, checkpoint: dict
 ) -> None:
-    """Iterations of rollout, targets and update, from the checkpoint `state` if there is one."""
-    device, batch_size = agent.obs_norm.mean.device, args.num_envs * args.num_steps
+    """Iterations of rollout, targets and update; `checkpoint` is empty for a new run."""
+    named_params = [(name, p) for name, p in agent.named_parameters() if p.requires_grad]
+    critic_params = [p for name, p in named_params if name.startswith("critic")]
+    policy_params = [p for name, p in named_params if not name.startswith("critic")]
+    param_groups = []
+    for params, lr, eps in (
+        (policy_params, args.actor_learning_rate, args.actor_adam_eps),
+        (critic_params, args.critic_learning_rate, args.critic_adam_eps),
+    ):
+        lr = args.learning_rate if lr is None else lr
+        eps = args.adam_eps if eps is None else eps
+        param_groups.append({"params": params, "initial_lr": lr, "eps": eps})
+    optimizer = torch.optim.Adam(param_groups, fused=True)
+    if checkpoint:  # its moments, but learning rates and eps of the flags
+        state = {"state": checkpoint["optimizer"]["state"]}
+        optimizer.load_state_dict(optimizer.state_dict() | state)
+
+    batch_size = args.num_envs * args.num_steps  # of all processes
     num_iterations = args.total_timesteps // batch_size
-    optimizer = Adam(agent, args)
-    if state:
-        try:
-            optimizer.load_state_dict(state["optimizer"])
-        except RuntimeError as error:
-            fail(f"--resume: the trained parameters differ: {error}")
-        if len(state["rng"]) > RANK:
-            torch.set_rng_state(state["rng"][RANK])
-        if device.type == "cuda" and len(state["cuda_rng"]) > RANK:
-            torch.cuda.set_rng_state(state["cuda_rng"][RANK], device)
-    first_step = step = state.get("step", 0)
-    beta = args.kl_coef or float(args.kl_target is not None)
-    if state and (args.kl_coef, args.kl_target) == (state["args"].kl_coef, state["args"].kl_target):
-        beta = state["beta"]
-    returns = deque(state.get("returns", ()), maxlen=100)
-    rollout, run_dir = together("", 1, Rollout, args, agent, envs, seed), Path(args.run_dir)
-    together(f"--run-dir {run_dir}: ", 2, open_run, run_dir, args, state)
-    writer = together(f"cannot write to {run_dir}: ", 1, open_writer, run_dir, args, step)
+    first_step = step = checkpoint.get("step", 0)
+    first_iteration = num_iterations - (args.total_timesteps - step) // batch_size
+    returns = deque(checkpoint.get("returns", []), maxlen=100)  # of the last episodes
+    kl_coef = args.kl_coef
+    if args.kl_target is not None:
+        kl_coef = checkpoint.get("kl_coef", kl_coef) or 1.0
+    stop_signal = 0
 
-    def save() -> None:
-        cuda_rng = gather(torch.cuda.get_rng_state(device)) if device.type == "cuda" else []
-        checkpoint = {"args": vars(args) | {"resume": None}, "step": step, "beta": beta}
-        checkpoint |= {"rng": gather(torch.get_rng_state()), "cuda_rng": cuda_rng}
-        checkpoint |= {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
-        checkpoint |= {"returns": list(returns)}
-        if writer:
-            writer.flush()
-        path = run_dir / "checkpoint.pt"
-        together(f"cannot write to {run_dir}: ", 1, save_checkpoint, path, checkpoint)
+    def request_stop(signum: int, _: Any) -> None:
+        nonlocal stop_signal
+        stop_signal = signum
+        if WORLD_SIZE == 1:  # torchrun repeats a signal that its processes may have had
+            signal.signal(signum, signal.SIG_DFL)  # a second one ends the process at once
 
-    interrupted: list[int] = []  # signals that this process received
-    received: list[int] = []  # by any process
-
-    def interrupt(signum: int, _: Any) -> None:
-        interrupted.append(signum)
-        if PROCESSES == 1:  # torchrun sends its processes a signal that they may have had
-            signal.signal(signum, signal.SIG_DFL)
-
-    signal.signal(signal.SIGINT, interrupt)
-    signal.signal(signal.SIGTERM, interrupt)
-    silent = RANK > 0 or not args.progress
-    bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=silent)
+    signal.signal(signal.SIGINT, request_stop)
+    signal.signal(signal.SIGTERM, request_stop)
+    rollout = Rollout(args, agent, envs, seed)
+    if RANK == 0:
+        writer = SummaryWriter(args.run_dir, purge_step=step + 1)
+        writer.add_custom_scalars({"PPO": BOARD})
+        flags = {k: v if type(v) in (int, float, str) else str(v) for k, v in vars(args).items()}
+        for summary in hparams(flags, dict.fromkeys(HPARAM_METRICS, 0)):
+            writer.file_writer.add_summary(summary)
+    no_bar = RANK > 0 or not args.progress
+    bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=no_bar)
     start_time = time.perf_counter()
-
-    left = (args.total_timesteps - step) // batch_size  # a resumed run's batch may be another
-    for iteration in range(num_iterations - left, num_iterations):
-        ent_coef = schedule(optimizer, args, iteration, num_iterations)
-        log_std = line(args.log_std_init, args.log_std_final, iteration, num_iterations)
-        if args.std == "fixed":
-            agent.log_std.data.fill_(log_std)
-        coefs = [1.0, args.vf_coef, -ent_coef, beta, args.ref_kl_coef]
-
-        collect(agent, envs, rollout, interrupted)
-        broken = find_broken(rollout, step)
-        report = interrupted[:], broken, [] if broken else finished_episodes(rollout)
-        reports = zip(*gather(report), strict=True)
-        received, broken, episodes = (list(chain(*lists)) for lists in reports)
-        if received:
-            break
-        if broken:
-            fail(broken[0], 1)
-        rollout.signals = learning_signals(agent, rollout, args)
-        batch = make_batch(agent, reference, rollout, args)
+    for iteration in range(first_iteration, num_iterations):
+        # Schedules
+        for group in optimizer.param_groups:
+            fraction = 1 - iteration / num_iterations if args.anneal_lr else 1.0
+            group["lr"] = fraction * group["initial_lr"]
+        ent_coef_final = args.ent_coef if args.ent_coef_final is None else args.ent_coef_final
+        ent_coef = np.interp(iteration, (0, num_iterations - 1), (args.ent_coef, ent_coef_final))
+        if args.log_std_final is not None:
+            log_stds = (args.log_std_init, args.log_std_final)
+            agent.log_std.fill_(np.interp(iteration, (0, num_iterations - 1), log_stds))
+        coefs = torch.tensor([ent_coef, kl_coef], device=agent.value_norm.mean.device)
         warmup = iteration < args.critic_warmup_iterations
-        gc.disable()  # the first update may compile, which makes much that lasts, too
-        metrics = update(agent, optimizer, rollout, batch, args, coefs, warmup)
-        gc.enable()
+        num_epochs = args.update_epochs + args.critic_epochs
+        epochs = replace(args, update_epochs=0, critic_epochs=num_epochs) if warmup else args
 
+        # Rollout, targets, update
+        episodes = rollout.collect(agent, envs)
+        check_finite(iteration, rewards=rollout.rewards, observations=rollout.obs)
+        process_rewards(agent, rollout, args)
+        batch, metrics = make_batch(agent, reference, rollout, args)
+        metrics |= update(agent, optimizer, rollout, batch, epochs, coefs)
         step += batch_size
-        scalars = describe(batch, rollout.values, metrics, agent.value_norm)
-        deviations = all_sum(normalize(batch.weights) @ agent.deviation(batch.dists)).tolist()
-        scalars |= {f"policy/std_{i}": std for i, std in enumerate(deviations)}
-        for tag in METRICS:
-            if not np.isfinite(scalars[tag]):
-                fail(f"{tag} is {scalars[tag]} in iteration {iteration + 1}", 1)
-        scalars |= {"charts/learning_rate": optimizer.param_groups[0]["lr"]}
-        scalars |= {"charts/ent_coef": ent_coef, "charts/kl_coef": beta}
+        if args.kl_target is not None and not warmup:  # adaptive penalty (PPO, section 4)
+            kl = agent.kl_divergence(batch["dists"], evaluate_policy(agent, batch["obs"])[0])
+            kl, _ = masked_mean_std(kl.unsqueeze(0), batch["loss_mask"].unsqueeze(0))
+            if kl > 1.5 * args.kl_target:
+                kl_coef = min(2 * kl_coef, 1e6)
+            elif kl < args.kl_target / 1.5:
+                kl_coef = max(kl_coef / 2, 1e-6)
+        if agent.norm_obs:
+            agent.obs_norm.update(batch["obs"][batch["loss_mask"] > 0])
+
+        # Log
+        reports = [(episodes, stop_signal)] * WORLD_SIZE
+        if WORLD_SIZE > 1:
+            distributed.all_gather_object(reports, (episodes, stop_signal))
+        stop = max(report[1] for report in reports)
+        scalars = {tag: float(value) for tag, value in metrics.items()}
+        check_finite(iteration, **scalars)
         scalars["charts/SPS"] = (step - first_step) / (time.perf_counter() - start_time)
-        if episodes:
-            episodic = ("charts/episodic_return", "charts/episodic_length")
-            scalars |= zip(episodic, np.mean(episodes, 0), strict=True)
-            returns.extend(episode[0] for episode in episodes)
+        scalars["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+        scalars["charts/ent_coef"] = ent_coef
+        scalars["charts/kl_coef"] = float(coefs[1])
+        if episodes := [episode for report in reports for episode in report[0]]:
+            returns.extend(episode_return for episode_return, _ in episodes)
+            scalars["charts/episodic_return"] = np.mean([x for x, _ in episodes])
+            scalars["charts/episodic_length"] = np.mean([x for _, x in episodes])
             scalars["charts/return_100"] = np.mean(returns)
             bar.set_postfix_str(f"return {np.mean(returns):.2f}", refresh=False)
-        if writer:
-            log(writer, step, scalars)
+        if RANK == 0:  # all tags in one event
+            values = [Summary.Value(tag=tag, simple_value=x) for tag, x in scalars.items()]
+            writer.file_writer.add_summary(Summary(value=values), step)
         bar.update(batch_size)
-        if args.kl_target is not None and not warmup:
-            dists = evaluate_rows(agent, batch.obs)[0]
-            kl = all_sum(agent.kl_divergence(batch.dists, dists) @ normalize(batch.weights)).item()
-            beta *= 2.0 if kl > 1.5 * args.kl_target else 0.5 if kl < args.kl_target / 1.5 else 1.0
-            beta = min(max(beta, 1e-6), 1e6)
-        if agent.norm_obs:
-            agent.obs_norm.advance(batch.obs[batch.weights > 0])
-        if step == first_step + batch_size:
-            gc.freeze()  # no later collection need look through what compiling made
-        if args.checkpoint_every and (iteration + 1) % args.checkpoint_every == 0:
-            save()
 
-    speed = (step - first_step) / (time.perf_counter() - start_time)
-    save()
+        # Checkpoint
+        last = stop or iteration == num_iterations - 1
+        due = args.checkpoint_every and (iteration + 1) % args.checkpoint_every == 0
+        if RANK == 0 and (last or due):
+            checkpoint = {"args": vars(args) | {"resume": None}, "step": step, "kl_coef": kl_coef}
+            checkpoint |= {"returns": list(returns), "optimizer": optimizer.state_dict()}
+            checkpoint |= {"agent": agent.state_dict()}
+            path = Path(args.run_dir, "checkpoint.pt")
+            torch.save(checkpoint, path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").replace(path)  # a kill leaves a whole checkpoint
+        if stop:
+            break
     bar.close()
-    if writer:
-        writer.close()
-    if received:
-        raise SystemExit(128 + received[0])
-    mean = f"{np.mean(returns):.2f}" if returns else "unknown"
     if RANK == 0:
-        print(f"{run_dir}: mean return of the last {len(returns)} episodes {mean}, {speed:.0f} SPS")
-
-
-@torch.no_grad()
-def evaluate(args: Args, agent: Agent, envs: VectorEnv, seed: int, step: int) -> None:
-    """Play episodes in one environment; weights and normalisers stay as they are."""
-    rollout = Rollout(args, agent, envs, seed)
-    obs, returns, total = rollout.obs[-1], [], 0.0
-    while len(returns) < args.eval_episodes:
-        noise = None if args.eval_deterministic else agent.draw_noise(1)
-        actions = agent.act(obs, noise)
-        obs, reward, terminated, truncated, _ = attempt(envs, envs.step, agent.to_env(actions))
-        obs = torch.as_tensor(obs, dtype=rollout.obs.dtype, device=rollout.obs.device)
-        if not np.isfinite(reward[0]) or not obs.isfinite().all():
-            raise EnvironmentFailure("a reward or observation of environment 0 is not finite")
-        total += float(reward[0])
-        if terminated[0] or truncated[0]:
-            returns.append(total)
-            print(f"episode {len(returns)}: return {total:.2f}")
-            total = 0.0
-    print(f"mean return {np.mean(returns):.2f} +- {np.std(returns):.2f} of {len(returns)} episodes")
-    with SummaryWriter(args.run_dir) as writer:
-        log(writer, step, {"eval/episodic_return": np.mean(returns)})
-
-
-def open_envs(args: Args, num_envs: int, seed: int, video_dir: str | None = None) -> VectorEnv:
-    """`make_envs`, or the end of the process with one line if these environments cannot be made."""
-    try:
-        dict(**json.loads(args.env_kwargs))
-    except (TypeError, ValueError) as error:
-        fail(f"--env-kwargs {args.env_kwargs}: must be a JSON object ({error})")
-    try:
-        envs = make_envs(args, num_envs, seed, video_dir)
-    except Exception as error:
-        fail(f"--env-id {args.env_id} --vectorization {args.vectorization}: {error or repr(error)}")
-    if not isinstance(envs.single_action_space, spaces.Box):
-        script = OTHER_SCRIPTS.get(type(envs.single_action_space).__name__, "none of these scripts")
-        fail(f"--env-id {args.env_id}: {envs.single_action_space} is for {script}")
-    space = envs.single_action_space
-    if not np.issubdtype(space.dtype, np.floating):
-        fail(f"--env-id {args.env_id}: {space} must hold floating-point numbers")
-    with np.errstate(over="ignore"):
-        bounded = np.isfinite(space.high - space.low).all()
-    if args.distribution == "beta" and not bounded:
-        fail(f"--distribution beta: needs bounded actions, not {space}")
-    if args.log_std_final is not None and args.std != "fixed":
-        fail(f"--log-std-final {args.log_std_final}: needs --std fixed, not {args.std}")
-    return envs
-
-
-def keep_memory() -> None:
-    """Have glibc keep what is freed: with pixels a seventh of the time went for pages anew."""
-    with contextlib.suppress(AttributeError, OSError):  # of other systems
-        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, 2**31 - 1)
+        writer.close()
+        mean = f"mean return {np.mean(returns or [np.nan]):.2f} of {len(returns)} episodes"
+        print(f"{args.run_dir}: {mean}, {scalars['charts/SPS']:.0f} SPS")
+        if stop:
+            print(f"stopped; continue with: python {sys.argv[0]} --resume {args.run_dir}")
+    if stop:
+        raise SystemExit(128 + stop)
 
 
 def main() -> None:
-    """Read and check the flags, make environments and agent, then train or evaluate."""
-    signal.signal(signal.SIGTERM, terminate)
-    threading.excepthook = ignore_os_errors
-    args, state, flag = parse_args(), {}, "resume"
-    if args.resume and args.eval:
-        fail("--resume and --eval: give one of them")
-    if args.resume or args.eval:
-        flag = "eval" if args.eval else "resume"
-        state = load_checkpoint(flag, args.resume or args.eval)
-        args = parse_args(state["args"])
-    single = "sync" if args.vectorization == "async" else args.vectorization
-    one = open_envs(replace(args, vectorization=single), 1, 0)
-    obs_space, action_space = one.single_observation_space, one.single_action_space
-    one.close()
-    if is_pixels(obs_space) and not state:
-        args = parse_args(replace(Args(), **PIXEL_DEFAULTS))
+    """Read the flags, make environments and agent, then train or evaluate."""
+    if {"True", "False"} & set(sys.argv):
+        fail("write a switch as --flag or --no-flag, without True or False")
+    args = tyro.cli(Args, description=__doc__)
+    checkpoint = {}
+    if run_dir := args.resume or args.eval:
+        checkpoint = load_checkpoint(run_dir)
+        names = {field.name for field in fields(Args)} & checkpoint["args"].keys()
+        saved = {name: checkpoint["args"][name] for name in names} | {"run_dir": run_dir}
+        if args.eval:
+            saved["capture_video"] = False
+        args = tyro.cli(Args, description=__doc__, default=Args(**saved))
     check_args(args)
+    reference_checkpoint = {}
+    if args.ref_checkpoint and not args.eval:
+        reference_checkpoint = load_checkpoint(args.ref_checkpoint)
+    for saved in (checkpoint, reference_checkpoint):
+        if saved and saved["args"]["distribution"] != args.distribution:
+            fail(f"the checkpoint has distribution {saved['args']['distribution']}")
+        if saved and saved["args"]["env_id"] != args.env_id:
+            fail(f"the checkpoint is of {saved['args']['env_id']}, not of {args.env_id}")
+    step = checkpoint.get("step", 0)
+    if args.resume and args.total_timesteps - step < args.num_envs * args.num_steps:
+        fail(f"{args.run_dir} is complete at step {step}; raise total_timesteps to continue")
+    if not checkpoint and args.run_dir and Path(args.run_dir, "checkpoint.pt").exists():
+        fail(f"{args.run_dir} holds a run; resume it, or give another run_dir")
 
-    keep_memory()
     torch.set_num_threads(args.torch_threads)
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    step = state.get("step", 0)
-    num_envs = 1 if args.eval else args.num_envs // PROCESSES
-    seed = environment_seed(args.seed, step) + RANK * num_envs
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(args.seed)
     device = torch.device("cpu")
     if args.cuda and torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    agent, reference = Agent(args, obs_space, action_space).to(device), None
-    if args.ref_checkpoint and not args.eval:
-        saved = load_checkpoint("ref-checkpoint", args.ref_checkpoint)
-        reference = Agent(saved["args"], obs_space, action_space).to(device)
-        load_agent("ref-checkpoint", saved, reference, args)
-        if saved["args"].distribution != args.distribution:
-            fail(f"--ref-checkpoint: its distribution is {saved['args'].distribution}")
-    if state:
-        load_agent(flag, state, agent, args)
-        if state["args"].distribution != args.distribution:
-            fail(f"--{flag}: its distribution is {state['args'].distribution}")
-    if args.resume and step + args.num_envs * args.num_steps > args.total_timesteps:
-        fail(f"--resume {args.resume}: it is complete at step {step}; raise --total-timesteps")
-    names = {"env": args.env_id, "exp": args.exp_name, "seed": args.seed, "time": int(time.time())}
-    for name, value in names.items():
-        args.run_dir = args.run_dir.replace(f"{{{name}}}", str(value))
-    if set("{}") & set(args.run_dir):
-        fail(f"--run-dir {args.run_dir}: only {' '.join(names)} may stand in braces")
-    saved_dir = state["args"].run_dir if state else None
-    own = bool(state) and os.path.realpath(args.run_dir) == os.path.realpath(saved_dir)
-    args.run_dir = saved_dir if own else args.run_dir
-    if not own and os.path.exists(f"{args.run_dir}/args.json"):
-        fail(f"--run-dir {args.run_dir}: holds a run; --resume it or name another directory")
-    videos = f"videos/from-{step}" if args.resume else "videos"
-    video_dir = f"{args.run_dir}/{videos}" if args.capture_video and RANK == 0 else None
-    envs = open_envs(args, num_envs, seed, video_dir)
+        torch.cuda.set_device(device)
+    seed = int(np.random.SeedSequence((args.seed, step, RANK)).generate_state(1)[0] // 2)
+
+    # One environment tells the spaces, before anything is written
+    one = replace(args, vectorization="sync") if args.vectorization == "async" else args
+    envs = make_envs(one, 1, seed)
+    obs_space, action_space = envs.single_observation_space, envs.single_action_space
+    envs.close()
+    if not isinstance(action_space, spaces.Box):
+        scripts = "ppo_discrete.py (Discrete) or ppo_multidiscrete_mask.py (MultiDiscrete)"
+        fail(f"the actions of {args.env_id} are {action_space}: use {scripts}")
+    if not np.issubdtype(action_space.dtype, np.floating):
+        fail(f"the actions of {args.env_id} are {action_space}, not floating-point numbers")
+    if args.distribution == "beta" and not action_space.is_bounded():
+        fail(f"distribution beta needs bounded actions, not {action_space}")
+    if not isinstance(obs_space, spaces.Box):
+        fail(f"the observations of {args.env_id} cannot be flattened to a Box: {obs_space}")
+    torch.manual_seed(args.seed)
+    agent = Agent(args, obs_space, action_space).to(device)
+    reference = None
     try:
-        if args.eval:
-            evaluate(args, agent, envs, seed, step)
-        else:
-            if PROCESSES > 1:
-                join_processes(agent, seed)
-            train(args, agent, envs, seed, reference, state)
-    except EnvironmentFailure as error:
-        fail(error, 1, alone=True)
-    except OSError as error:
-        fail(f"cannot write to {args.run_dir}: {error}", 1, alone=True)
-    finally:
-        close(envs, kill=sys.exc_info()[0] is not None)
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
+        if checkpoint:
+            agent.load_state_dict(checkpoint["agent"])
+        if saved := reference_checkpoint:
+            reference = Agent(replace(args, **saved["args"]), obs_space, action_space).to(device)
+            reference.eval().load_state_dict(saved["agent"])
+    except RuntimeError as error:
+        fail(f"the checkpoint is of another network: {error}")
+    if WORLD_SIZE > 1:
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        for tensor in agent.state_dict().values():
+            distributed.broadcast(tensor, 0)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+    video_dir = None
+    if RANK == 0:
+        name = f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+        if Path(name).exists():  # of a run that started in the same second
+            name += f"_{os.getpid()}"
+        args.run_dir = args.run_dir or name
+        Path(args.run_dir).mkdir(parents=True, exist_ok=True)
+        if not args.eval:
+            Path(args.run_dir, "args.json").write_text(json.dumps(vars(args), indent=2))
+        if args.capture_video:
+            video_dir = Path(args.run_dir, "videos", f"step-{step}-{int(time.time())}")
+        network = "Nature CNN" if agent.image else f"MLP of {obs_space.shape[0]} numbers"
+        print(f"{args.run_dir}: {device}, {network}, {action_space}")
+    envs = make_envs(args, 1 if args.eval else args.num_envs // WORLD_SIZE, seed, video_dir)
+    if args.eval:
+        evaluate(args, agent, envs, seed, step)
+    else:
+        train(args, agent, reference, envs, seed, checkpoint)
+    envs.close()
+    if WORLD_SIZE > 1:
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    gc.freeze()  # no collection need look through what the imports made
-    gc.enable()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        main()
-    except KeyboardInterrupt as stop:
-        raise SystemExit(*stop.args or (130,)) from None
+    main()
