@@ -16,7 +16,6 @@ import json
 import math
 import multiprocessing
 import os
-import random
 import signal
 import sys
 import time
@@ -57,6 +56,8 @@ class Args:
     cuda: bool = True  # use the GPU if there is one
     capture_video: bool = False  # record videos of the first environment (needs moviepy)
     run_dir: str | None = None  # None: runs/{env_id}__{exp_name}__{seed}__{unix time}
+    compile: bool = False  # compile the loss with torch.compile
+    torch_threads: int = 1  # threads of PyTorch on the CPU
     progress: bool = True  # show the progress bar
     checkpoint_every: int = 100  # iterations between checkpoints; 0: only at the end
     resume: str | None = None  # run directory to continue, under its flags and those given here
@@ -125,9 +126,6 @@ class Args:
     max_grad_norm: float | None = 0.5  # maximum norm of the gradient; None: no clip
     num_minibatches: int = 32  # minibatches per epoch
     update_epochs: int = 10  # epochs over each rollout
-    # Speed
-    compile: bool = False  # compile the loss with torch.compile
-    torch_threads: int = 1  # threads of PyTorch on the CPU
 
 
 BOARD = {  # charts of TensorBoard's Custom Scalars tab
@@ -175,25 +173,20 @@ def is_image(space: spaces.Space) -> bool:
 
 
 def is_atari(env_id: str) -> bool:
-    """Whether it is an Atari game."""
     return "ALE/" in env_id or "NoFrameskip" in env_id
 
 
 class FireReset(gym.Wrapper):
-    """Press FIRE at the start of a game and after every lost life, where a game waits for it."""
+    """Press FIRE after the first step of a game and of every new life, for games that wait."""
 
-    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
-        self.env.reset(**kwargs)
-        obs, _, _, _, info = self.env.step(1)
-        self.lives = info["lives"]
-        return obs, info
+    lives = None
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
         obs, reward, terminated, truncated, info = self.env.step(action)
-        if info["lives"] < self.lives and not (terminated or truncated):
+        if info["lives"] != self.lives and not (terminated or truncated):
             obs, fire_reward, terminated, truncated, info = self.env.step(1)
             reward += fire_reward
-        self.lives = info["lives"]
+        self.lives = None if terminated or truncated else info["lives"]
         return obs, reward, terminated, truncated, info
 
 
@@ -209,8 +202,8 @@ def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
         env_kwargs["render_mode"] = "rgb_array"
     env = gym.make(args.env_id, **env_kwargs)
     if video_dir:
-        every_episode = (lambda episode: True) if args.eval else None
-        env = gym.wrappers.RecordVideo(env, str(video_dir), every_episode)
+        trigger = (lambda episode: True) if args.eval else None  # None: episodes 0, 1, 8, 27, ...
+        env = gym.wrappers.RecordVideo(env, str(video_dir), trigger)
     if is_atari(args.env_id):
         env = gym.wrappers.AtariPreprocessing(env)
         if env.unwrapped.get_action_meanings()[1] == "FIRE":
@@ -306,7 +299,7 @@ class RunningMeanStd(nn.Module):
 
     def update(self, samples: Tensor) -> None:
         """Merge samples [n, *shape] in float64 (Chan et al. 1979); m2 sums squared deviations."""
-        samples = samples.double()
+        samples = samples.to(self.m2)
         n = all_sum(torch.full_like(self.count, len(samples)))
         if n == 0:
             return
@@ -379,12 +372,13 @@ class Agent(nn.Module):
 
     def preprocess(self, obs: Tensor) -> Tensor:
         """Observations [n, *O] as the networks read them."""
-        if self.image:
-            obs = obs.movedim(-1, 1) if self.channels_last else obs
-            return obs.to(torch.float32, memory_format=torch.channels_last) / 255.0
         if self.norm_obs:
             obs = (obs - self.obs_norm.mean) / self.obs_norm.std
             obs = obs.clamp(-self.clip_obs, self.clip_obs)
+        if self.channels_last:
+            obs = obs.movedim(-1, 1)
+        if self.image:
+            obs = obs.to(torch.float32, memory_format=torch.channels_last) / 255.0
         return obs
 
     def distribution(self, features: Tensor) -> Tensor:
@@ -530,8 +524,7 @@ def process_rewards(agent: Agent, rollout: Rollout, args: Args) -> None:
         for t, reward in enumerate(rollout.rewards):
             discounted_returns[t] = reward + args.gamma * rollout.discounted_return
             rollout.discounted_return = discounted_returns[t] * not_done[t]
-        samples = torch.from_numpy(discounted_returns[rollout.valid[:-1]])
-        agent.reward_norm.update(samples.to(agent.reward_norm.mean.device))
+        agent.reward_norm.update(torch.from_numpy(discounted_returns[rollout.valid[:-1]]))
         limit = np.inf if args.clip_reward is None else args.clip_reward
         rollout.rewards = (rollout.rewards / agent.reward_norm.std.item()).clip(-limit, limit)
     if not args.bootstrap_truncated:
@@ -543,8 +536,7 @@ def compute_advantages(
 ) -> Tensor:
     """Generalized advantage estimates (Schulman et al. 2016, eq. 16); all [T, N].
 
-    A[t] = delta[t] + decay[t] * A[t + 1] takes log2(T) instead of T steps: after each, sums[t]
-    holds twice as many of the terms of A[t], and decay[t] is the factor of the next one.
+    Each pass of the loop doubles the terms of A[t] = delta[t] + decay[t] * A[t + 1] in sums[t].
     """
     sums = rewards + gamma * next_values - values
     decay = gamma * lam * ~dones
@@ -591,16 +583,14 @@ def make_batch(
     """Samples [B, ...] for the update, and what is logged of them; updates the value statistics."""
     dists, values, advantages, targets = compute_targets(agent, rollout, args)
     loss_mask = torch.from_numpy(rollout.valid[:-1]).to(values).flatten()
-    means, stds = masked_mean_std(
-        torch.stack((advantages, values, targets, targets - values)).double(),
-        loss_mask.expand(4, -1),
-    )
+    columns = torch.stack((advantages, values, targets, targets - values)).double()
+    means, stds = masked_mean_std(columns, loss_mask.expand(4, -1))
     metrics = {
         "advantages/mean": means[0],
         "advantages/std": stds[0],
         "values/old_mean": means[1],
         "values/target_mean": means[2],
-        "losses/explained_variance": 1 - (stds[3] / stds[2].clamp(min=1e-8)).square(),
+        "losses/explained_variance": (1 - (stds[3] / stds[2]).square()).nan_to_num(neginf=0.0),
     }
     norm = agent.value_norm
     action_std, _ = masked_mean_std(agent.action_std(dists).T, loss_mask.expand(len(agent.low), -1))
@@ -640,7 +630,6 @@ def ppo_loss(
     """
     dist, values = agent(batch["obs"])
     ent_coef, kl_coef = coefs
-
     # Policy loss (PPO, eq. 7), with the dual clip of Ye et al. 2020, eq. 3
     clip_coef = torch.inf if args.clip_coef is None else args.clip_coef
     negative_advantages = -batch["advantages"]
@@ -674,7 +663,6 @@ def ppo_loss(
         loss = loss + args.ref_kl_coef * ref_kl
     if critic_only:
         loss = args.vf_coef * value_loss
-
     with torch.no_grad():
         metrics = {
             "losses/policy_loss": policy_loss,
@@ -723,7 +711,6 @@ def update(
             advantages = samples["advantages"].view(-1, scope)
             mean, std = masked_mean_std(advantages, mask.view(-1, scope))
             samples["advantages"] = ((advantages - mean) / (std + 1e-8)).flatten()
-
         for start in range(0, num_samples, minibatch_size):
             minibatch = {k: x[start : start + minibatch_size] for k, x in samples.items()}
             loss, metrics = loss_function(agent, minibatch, args, coefs, critic_only)
@@ -736,10 +723,9 @@ def update(
             optimizer.step()
             metrics["losses/grad_norm"] = grad_norm / WORLD_SIZE  # the same in all processes
             history.append(torch.stack(list(metrics.values())))
-
         if args.target_kl is not None and not critic_only:
-            epoch_means = all_sum(torch.stack(history[-args.num_minibatches :]).mean(0))
-            approx_kl = dict(zip(metrics, epoch_means, strict=True))["losses/approx_kl"]
+            means = torch.stack(history[-args.num_minibatches :]).mean(0)
+            approx_kl = all_sum(means[list(metrics).index("losses/approx_kl")].clone())
             stop_policy = bool(approx_kl > args.target_kl)
     return dict(zip(metrics, all_sum(torch.stack(history).mean(0)), strict=True))
 
@@ -785,9 +771,7 @@ def train(
         param_groups.append({"params": params, "initial_lr": lr, "eps": eps})
     optimizer = torch.optim.Adam(param_groups, fused=True)
     if checkpoint:  # its moments, but learning rates and eps of the flags
-        state = {"state": checkpoint["optimizer"]["state"]}
-        optimizer.load_state_dict(optimizer.state_dict() | state)
-
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]})
     batch_size = args.num_envs * args.num_steps  # of all processes
     num_iterations = args.total_timesteps // batch_size
     first_step = step = checkpoint.get("step", 0)
@@ -857,8 +841,7 @@ def train(
         check_finite(iteration, **scalars)
         scalars["charts/SPS"] = (step - first_step) / (time.perf_counter() - start_time)
         scalars["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
-        scalars["charts/ent_coef"] = ent_coef
-        scalars["charts/kl_coef"] = float(coefs[1])
+        scalars |= {"charts/ent_coef": ent_coef, "charts/kl_coef": float(coefs[1])}
         if episodes := [episode for report in reports for episode in report[0]]:
             returns.extend(episode_return for episode_return, _ in episodes)
             scalars["charts/episodic_return"] = np.mean([x for x, _ in episodes])
@@ -875,7 +858,7 @@ def train(
         due = args.checkpoint_every and (iteration + 1) % args.checkpoint_every == 0
         if RANK == 0 and (last or due):
             checkpoint = {"args": vars(args) | {"resume": None}, "step": step, "kl_coef": kl_coef}
-            checkpoint |= {"returns": list(returns), "optimizer": optimizer.state_dict()}
+            checkpoint |= {"returns": list(returns), "optimizer": optimizer.state_dict()["state"]}
             checkpoint |= {"agent": agent.state_dict()}
             path = Path(args.run_dir, "checkpoint.pt")
             torch.save(checkpoint, path.with_suffix(".tmp"))
@@ -903,8 +886,7 @@ def main() -> None:
         checkpoint = load_checkpoint(run_dir)
         names = {field.name for field in fields(Args)} & checkpoint["args"].keys()
         saved = {name: checkpoint["args"][name] for name in names} | {"run_dir": run_dir}
-        if args.eval:
-            saved["capture_video"] = False
+        saved["capture_video"] &= not args.eval
         args = tyro.cli(Args, description=__doc__, default=Args(**saved))
     check_args(args)
     reference_checkpoint = {}
@@ -920,7 +902,6 @@ def main() -> None:
         fail(f"{args.run_dir} is complete at step {step}; raise total_timesteps to continue")
     if not checkpoint and args.run_dir and Path(args.run_dir, "checkpoint.pt").exists():
         fail(f"{args.run_dir} holds a run; resume it, or give another run_dir")
-
     torch.set_num_threads(args.torch_threads)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     device = torch.device("cpu")
@@ -928,10 +909,8 @@ def main() -> None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     seed = int(np.random.SeedSequence((args.seed, step, RANK)).generate_state(1)[0] // 2)
-
-    # One environment tells the spaces, before anything is written
     one = replace(args, vectorization="sync") if args.vectorization == "async" else args
-    envs = make_envs(one, 1, seed)
+    envs = make_envs(one, 1, seed)  # tells the spaces, before anything is written
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     envs.close()
     if not isinstance(action_space, spaces.Box):
@@ -958,10 +937,8 @@ def main() -> None:
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         for tensor in agent.state_dict().values():
             distributed.broadcast(tensor, 0)
-    random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
     video_dir = None
     if RANK == 0:
         name = f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"

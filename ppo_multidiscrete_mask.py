@@ -7,16 +7,14 @@
     torchrun --nproc-per-node 2 ppo_multidiscrete_mask.py             # two processes
 
 Shapes: T = num_steps, N = num_envs of this process, B = T * N samples of a rollout, M = samples of
-a minibatch, O = shape of an observation. An action is one choice of each of H heads. D = sum(nvec)
-numbers describe a distribution: the log-probabilities of the choices of all heads, side by side;
-F = nvec[0] of them are the first head's.
+a minibatch, O = shape of an observation, H = heads of an action, D = sum(nvec) = log-probabilities
+of the choices of all heads, side by side, F = nvec[0] = choices of the first head.
 """
 
 import importlib
 import json
 import multiprocessing
 import os
-import random
 import signal
 import sys
 import time
@@ -57,6 +55,8 @@ class Args:
     cuda: bool = True  # use the GPU if there is one
     capture_video: bool = False  # record videos of the first environment (needs moviepy)
     run_dir: str | None = None  # None: runs/{env_id}__{exp_name}__{seed}__{unix time}
+    compile: bool = False  # compile the loss with torch.compile
+    torch_threads: int = 1  # threads of PyTorch on the CPU
     progress: bool = True  # show the progress bar
     checkpoint_every: int = 100  # iterations between checkpoints; 0: only at the end
     resume: str | None = None  # run directory to continue, under its flags and those given here
@@ -122,9 +122,6 @@ class Args:
     max_grad_norm: float | None = 0.5  # maximum norm of the gradient; None: no clip
     num_minibatches: int = 4  # minibatches per epoch
     update_epochs: int = 4  # epochs over each rollout
-    # Speed
-    compile: bool = False  # compile the loss with torch.compile
-    torch_threads: int = 1  # threads of PyTorch on the CPU
 
 
 BOARD = {  # charts of TensorBoard's Custom Scalars tab
@@ -136,6 +133,7 @@ BOARD = {  # charts of TensorBoard's Custom Scalars tab
 HPARAM_METRICS = ("charts/return_100", "charts/episodic_return", "eval/episodic_return")
 RANK = int(os.environ.get("RANK", 0))  # RANK and WORLD_SIZE are set by torchrun
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+MASKED = -1e8  # logit of an invalid action: probability 0; the gradient of -inf would be NaN
 ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU, "gelu": nn.GELU, "silu": nn.SiLU}
 
 
@@ -170,25 +168,20 @@ def is_image(space: spaces.Space) -> bool:
 
 
 def is_atari(env_id: str) -> bool:
-    """Whether it is an Atari game."""
     return "ALE/" in env_id or "NoFrameskip" in env_id
 
 
 class FireReset(gym.Wrapper):
-    """Press FIRE at the start of a game and after every lost life, where a game waits for it."""
+    """Press FIRE after the first step of a game and of every new life, for games that wait."""
 
-    def reset(self, **kwargs: Any) -> tuple[np.ndarray, dict]:
-        self.env.reset(**kwargs)
-        obs, _, _, _, info = self.env.step(1)
-        self.lives = info["lives"]
-        return obs, info
+    lives = None
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
         obs, reward, terminated, truncated, info = self.env.step(action)
-        if info["lives"] < self.lives and not (terminated or truncated):
+        if info["lives"] != self.lives and not (terminated or truncated):
             obs, fire_reward, terminated, truncated, info = self.env.step(1)
             reward += fire_reward
-        self.lives = info["lives"]
+        self.lives = None if terminated or truncated else info["lives"]
         return obs, reward, terminated, truncated, info
 
 
@@ -204,8 +197,8 @@ def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
         env_kwargs["render_mode"] = "rgb_array"
     env = gym.make(args.env_id, **env_kwargs)
     if video_dir:
-        every_episode = (lambda episode: True) if args.eval else None
-        env = gym.wrappers.RecordVideo(env, str(video_dir), every_episode)
+        trigger = (lambda episode: True) if args.eval else None  # None: episodes 0, 1, 8, 27, ...
+        env = gym.wrappers.RecordVideo(env, str(video_dir), trigger)
     if is_atari(args.env_id):
         env = gym.wrappers.AtariPreprocessing(env)
         if env.unwrapped.get_action_meanings()[1] == "FIRE":
@@ -220,8 +213,8 @@ def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
 class TaxiDispatch(gym.Env):
     """K taxis of Gymnasium's Taxi-v4; every step moves one, until all have delivered.
 
-    An action is (taxi, move). Observations [K * 16] of each taxi: row, column and pad to go to
-    (one-hot), whether the passenger is aboard, and delivered. Rewards are the moved taxi's / 20.
+    An action is (taxi, move). Observations [K * 16]: row, column and pad to go to of each taxi
+    (one-hot), passenger aboard, passenger delivered. Rewards are those of the taxi, over 20.
     The mask [K, 1 + 6] allows taxis that have not delivered, and moves that change their state.
     """
 
@@ -286,10 +279,7 @@ def move_mask(method: Callable | None, obs: Any, info: dict) -> tuple[Any, dict]
         info = info | {"action_mask": obs["action_mask"]}
         obs = {key: value for key, value in obs.items() if key != "action_mask"}
         return (obs if len(obs) > 1 else next(iter(obs.values()))), info
-    if method:
-        masks = method()
-        info = info | {"action_mask": np.hstack(masks) if isinstance(masks, tuple) else masks}
-    return obs, info
+    return obs, (info | {"action_mask": np.asarray(method())} if method else info)
 
 
 class MaskInfo(gym.Wrapper):
@@ -418,7 +408,7 @@ class RunningMeanStd(nn.Module):
 
     def update(self, samples: Tensor) -> None:
         """Merge samples [n, *shape] in float64 (Chan et al. 1979); m2 sums squared deviations."""
-        samples = samples.double()
+        samples = samples.to(self.m2)
         n = all_sum(torch.full_like(self.count, len(samples)))
         if n == 0:
             return
@@ -451,9 +441,6 @@ def make_body(args: Args, obs_shape: tuple[int, ...], image: bool) -> list[nn.Mo
     return layers
 
 
-MASKED = -1e8  # logit of an invalid action: probability 0; the gradient of -inf would be NaN
-
-
 class Agent(nn.Module):
     """Policy and value network, and the statistics that normalize observations and targets."""
 
@@ -472,11 +459,10 @@ class Agent(nn.Module):
         self.obs_norm = RunningMeanStd(() if self.image else obs_space.shape)
         self.reward_norm = RunningMeanStd()
         self.value_norm = RunningMeanStd()
-        one_head = isinstance(action_space, spaces.Discrete)
-        self.nvec = np.ravel(action_space.n if one_head else action_space.nvec).tolist()
+        discrete = isinstance(action_space, spaces.Discrete)
+        self.nvec = np.ravel(action_space.n if discrete else action_space.nvec).tolist()
         self.action_shape, self.action_dtype = (len(self.nvec),), np.int64
-        self.first_action = np.ravel(action_space.start)
-        self.env_action_shape = action_space.shape
+        self.action_space = action_space
         self.mask = args.mask
         self.conditional = False  # set by `Rollout`: whether the first choice decides on masks
         offsets = torch.tensor([0, *self.nvec[:-1]]).cumsum(0)  # of the heads in D
@@ -500,14 +486,13 @@ class Agent(nn.Module):
 
     def preprocess(self, obs: Tensor) -> Tensor:
         """Observations [n, *O] as the networks read them."""
-        if self.image:
-            obs = obs.movedim(-1, 1) if self.channels_last else obs
-            return obs.to(torch.float32, memory_format=torch.channels_last) / 255.0
         if self.norm_obs:
             obs = (obs - self.obs_norm.mean) / self.obs_norm.std
             obs = obs.clamp(-self.clip_obs, self.clip_obs)
-        if self.grid:
-            obs = obs.movedim(-1, 1) if self.channels_last else obs
+        if self.channels_last:
+            obs = obs.movedim(-1, 1)
+        if self.image:
+            obs = obs.to(torch.float32, memory_format=torch.channels_last) / 255.0
         return obs
 
     def respected(self, masks: Tensor) -> Tensor:
@@ -530,18 +515,16 @@ class Agent(nn.Module):
         """Actions [n, H] for observations [n, *O]: a sample, or the mode without noise."""
         logits = self.actor(self.trunk(self.preprocess(obs)))
         masks = self.respected(masks)
-        num_first = self.nvec[0]
         scores = logits if noise is None else logits + noise
         if masks.dim() == 3:
-            first = scores[:, :num_first]
+            first_scores, rest_scores = scores.split([self.nvec[0], sum(self.nvec[1:])], -1)
             if noise is None:  # the mode of all heads together
-                rest = logits[:, None, num_first:].masked_fill(~masks[..., 1:], MASKED)
-                heads = rest.split(self.nvec[1:], -1)
-                first = first + sum(head.log_softmax(-1).amax(-1) for head in heads)
-            first = first.masked_fill(~masks[..., 0], -torch.inf).argmax(-1)
+                rest = rest_scores.unsqueeze(1).masked_fill(~masks[..., 1:], MASKED)
+                for head in rest.split(self.nvec[1:], -1):
+                    first_scores = first_scores + head.log_softmax(-1).amax(-1)
+            first = first_scores.masked_fill(~masks[..., 0], -torch.inf).argmax(-1)
             masks = self.path_masks(masks, first)
-            allowed_first = F.one_hot(first, num_first).bool() & masks[:, :num_first]
-            masks = torch.cat((allowed_first, masks[:, num_first:]), -1)
+            scores = torch.cat((first_scores, rest_scores), -1)
         scores = scores.masked_fill(~masks, -torch.inf)
         best = [head.max(-1) for head in scores.split(self.nvec, -1)]
         best_scores = torch.stack([head.values for head in best], -1)
@@ -562,10 +545,7 @@ class Agent(nn.Module):
         return dist.gather(-1, actions + self.offsets).sum(-1)
 
     def path_ratio(self, dist: Tensor, batch: Batch) -> Tensor | float:
-        """Ratio [n] of new and old probability of the first head's choice, on which the others'
-        masks depend. The other heads' terms of an expectation under the new policy have it as a
-        factor, because the choice is a sample of the old policy.
-        """
+        """Probability ratio [n] of the first choice, the weight of what depends on it."""
         if not self.conditional:
             return 1.0
         first = batch["actions"][:, :1]
@@ -583,7 +563,8 @@ class Agent(nn.Module):
 
     def to_env(self, actions: np.ndarray) -> np.ndarray:
         """Actions [N, H] as the environment takes them."""
-        return (actions + self.first_action).reshape(-1, *self.env_action_shape)
+        actions = actions.reshape(-1, *self.action_space.shape)
+        return actions + self.action_space.start
 
 
 class Rollout:
@@ -676,8 +657,7 @@ def process_rewards(agent: Agent, rollout: Rollout, args: Args) -> None:
         for t, reward in enumerate(rollout.rewards):
             discounted_returns[t] = reward + args.gamma * rollout.discounted_return
             rollout.discounted_return = discounted_returns[t] * not_done[t]
-        samples = torch.from_numpy(discounted_returns[rollout.valid[:-1]])
-        agent.reward_norm.update(samples.to(agent.reward_norm.mean.device))
+        agent.reward_norm.update(torch.from_numpy(discounted_returns[rollout.valid[:-1]]))
         limit = np.inf if args.clip_reward is None else args.clip_reward
         rollout.rewards = (rollout.rewards / agent.reward_norm.std.item()).clip(-limit, limit)
     if not args.bootstrap_truncated:
@@ -689,8 +669,7 @@ def compute_advantages(
 ) -> Tensor:
     """Generalized advantage estimates (Schulman et al. 2016, eq. 16); all [T, N].
 
-    A[t] = delta[t] + decay[t] * A[t + 1] takes log2(T) instead of T steps: after each, sums[t]
-    holds twice as many of the terms of A[t], and decay[t] is the factor of the next one.
+    Each pass of the loop doubles the terms of A[t] = delta[t] + decay[t] * A[t + 1] in sums[t].
     """
     sums = rewards + gamma * next_values - values
     decay = gamma * lam * ~dones
@@ -712,27 +691,24 @@ def evaluate_policy(agent: Agent, obs: Tensor, masks: Tensor) -> tuple[Tensor, T
 
 
 def used_masks(agent: Agent, rollout: Rollout) -> Tensor:
-    """Masks [T, N, D] that the policy respected, on the path that its first head took."""
-    masks = torch.from_numpy(rollout.masks[:-1]).to(agent.offsets.device).flatten(0, 1)
-    first = torch.from_numpy(rollout.actions[..., 0]).to(masks.device).flatten()
-    used = agent.path_masks(agent.respected(masks), first)
-    return used.unflatten(0, rollout.rewards.shape)
+    """Masks [T + 1, N, D] of all heads on the path that the first head took."""
+    first = np.concatenate((rollout.actions, rollout.actions[-1:]))[..., 0]  # last row: for values
+    first = torch.from_numpy(first).to(agent.offsets.device).flatten()
+    masks = torch.from_numpy(rollout.masks).to(first.device).flatten(0, 1)
+    return agent.path_masks(agent.respected(masks), first).unflatten(0, rollout.valid.shape)
 
 
 def compute_targets(agent: Agent, rollout: Rollout, args: Args) -> tuple[Tensor, ...]:
     """Distributions [B, D], values, advantages and value targets [B] under the current agent."""
     obs = torch.from_numpy(rollout.obs).to(agent.value_norm.mean.device)
-    masks = used_masks(agent, rollout).flatten(0, 1)
-    no_masks = torch.ones_like(masks)  # values do not depend on masks
-    dists, values = evaluate_policy(
-        agent, obs.flatten(0, 1), torch.cat((masks, no_masks[: obs.shape[1]]))
-    )
+    masks = used_masks(agent, rollout)
+    dists, values = evaluate_policy(agent, obs.flatten(0, 1), masks.flatten(0, 1))
     values = values.view(obs.shape[:2])
     next_values = values[1:].clone()  # NEXT_STEP: the row after an end holds its final observation
     if rollout.final_obs:
         t, n, final_obs = zip(*rollout.final_obs, strict=True)
         final_obs = torch.from_numpy(np.stack(final_obs)).to(obs)
-        next_values[t, n] = evaluate_policy(agent, final_obs, no_masks[: len(t)])[1]
+        next_values[t, n] = evaluate_policy(agent, final_obs, masks[-1, list(n)])[1]
     terminated = torch.from_numpy(rollout.terminated).to(obs.device)
     dones = terminated | torch.from_numpy(rollout.truncated).to(obs.device)
     rewards = torch.from_numpy(rollout.rewards).to(values)
@@ -751,16 +727,14 @@ def make_batch(
     """Samples [B, ...] for the update, and what is logged of them; updates the value statistics."""
     dists, values, advantages, targets = compute_targets(agent, rollout, args)
     loss_mask = torch.from_numpy(rollout.valid[:-1]).to(values).flatten()
-    means, stds = masked_mean_std(
-        torch.stack((advantages, values, targets, targets - values)).double(),
-        loss_mask.expand(4, -1),
-    )
+    columns = torch.stack((advantages, values, targets, targets - values)).double()
+    means, stds = masked_mean_std(columns, loss_mask.expand(4, -1))
     metrics = {
         "advantages/mean": means[0],
         "advantages/std": stds[0],
         "values/old_mean": means[1],
         "values/target_mean": means[2],
-        "losses/explained_variance": 1 - (stds[3] / stds[2].clamp(min=1e-8)).square(),
+        "losses/explained_variance": (1 - (stds[3] / stds[2]).square()).nan_to_num(neginf=0.0),
     }
     norm = agent.value_norm
     obs = torch.from_numpy(rollout.obs[:-1]).to(values.device).flatten(0, 1)
@@ -781,7 +755,7 @@ def make_batch(
     batch = {
         "obs": obs,
         "actions": actions,
-        "masks": used_masks(agent, rollout).flatten(0, 1),
+        "masks": used_masks(agent, rollout)[:-1].flatten(0, 1),
         "dists": dists,
         "logprobs": agent.log_prob(dists, actions),
         "advantages": advantages,
@@ -803,7 +777,6 @@ def ppo_loss(
     """
     dist, values = agent(batch["obs"], batch["masks"])
     ent_coef, kl_coef = coefs
-
     # Policy loss (PPO, eq. 7), with the dual clip of Ye et al. 2020, eq. 3
     clip_coef = torch.inf if args.clip_coef is None else args.clip_coef
     negative_advantages = -batch["advantages"]
@@ -838,7 +811,6 @@ def ppo_loss(
         loss = loss + args.ref_kl_coef * ref_kl
     if critic_only:
         loss = args.vf_coef * value_loss
-
     with torch.no_grad():
         metrics = {
             "losses/policy_loss": policy_loss,
@@ -887,7 +859,6 @@ def update(
             advantages = samples["advantages"].view(-1, scope)
             mean, std = masked_mean_std(advantages, mask.view(-1, scope))
             samples["advantages"] = ((advantages - mean) / (std + 1e-8)).flatten()
-
         for start in range(0, num_samples, minibatch_size):
             minibatch = {k: x[start : start + minibatch_size] for k, x in samples.items()}
             loss, metrics = loss_function(agent, minibatch, args, coefs, critic_only)
@@ -900,10 +871,9 @@ def update(
             optimizer.step()
             metrics["losses/grad_norm"] = grad_norm / WORLD_SIZE  # the same in all processes
             history.append(torch.stack(list(metrics.values())))
-
         if args.target_kl is not None and not critic_only:
-            epoch_means = all_sum(torch.stack(history[-args.num_minibatches :]).mean(0))
-            approx_kl = dict(zip(metrics, epoch_means, strict=True))["losses/approx_kl"]
+            means = torch.stack(history[-args.num_minibatches :]).mean(0)
+            approx_kl = all_sum(means[list(metrics).index("losses/approx_kl")].clone())
             stop_policy = bool(approx_kl > args.target_kl)
     return dict(zip(metrics, all_sum(torch.stack(history).mean(0)), strict=True))
 
@@ -949,9 +919,7 @@ def train(
         param_groups.append({"params": params, "initial_lr": lr, "eps": eps})
     optimizer = torch.optim.Adam(param_groups, fused=True)
     if checkpoint:  # its moments, but learning rates and eps of the flags
-        state = {"state": checkpoint["optimizer"]["state"]}
-        optimizer.load_state_dict(optimizer.state_dict() | state)
-
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]})
     batch_size = args.num_envs * args.num_steps  # of all processes
     num_iterations = args.total_timesteps // batch_size
     first_step = step = checkpoint.get("step", 0)
@@ -1019,8 +987,7 @@ def train(
         check_finite(iteration, **scalars)
         scalars["charts/SPS"] = (step - first_step) / (time.perf_counter() - start_time)
         scalars["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
-        scalars["charts/ent_coef"] = ent_coef
-        scalars["charts/kl_coef"] = float(coefs[1])
+        scalars |= {"charts/ent_coef": ent_coef, "charts/kl_coef": float(coefs[1])}
         if episodes := [episode for report in reports for episode in report[0]]:
             returns.extend(episode_return for episode_return, _ in episodes)
             scalars["charts/episodic_return"] = np.mean([x for x, _ in episodes])
@@ -1037,7 +1004,7 @@ def train(
         due = args.checkpoint_every and (iteration + 1) % args.checkpoint_every == 0
         if RANK == 0 and (last or due):
             checkpoint = {"args": vars(args) | {"resume": None}, "step": step, "kl_coef": kl_coef}
-            checkpoint |= {"returns": list(returns), "optimizer": optimizer.state_dict()}
+            checkpoint |= {"returns": list(returns), "optimizer": optimizer.state_dict()["state"]}
             checkpoint |= {"agent": agent.state_dict()}
             path = Path(args.run_dir, "checkpoint.pt")
             torch.save(checkpoint, path.with_suffix(".tmp"))
@@ -1065,8 +1032,7 @@ def main() -> None:
         checkpoint = load_checkpoint(run_dir)
         names = {field.name for field in fields(Args)} & checkpoint["args"].keys()
         saved = {name: checkpoint["args"][name] for name in names} | {"run_dir": run_dir}
-        if args.eval:
-            saved["capture_video"] = False
+        saved["capture_video"] &= not args.eval
         args = tyro.cli(Args, description=__doc__, default=Args(**saved))
     check_args(args)
     reference_checkpoint = {}
@@ -1080,7 +1046,6 @@ def main() -> None:
         fail(f"{args.run_dir} is complete at step {step}; raise total_timesteps to continue")
     if not checkpoint and args.run_dir and Path(args.run_dir, "checkpoint.pt").exists():
         fail(f"{args.run_dir} holds a run; resume it, or give another run_dir")
-
     torch.set_num_threads(args.torch_threads)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     device = torch.device("cpu")
@@ -1088,10 +1053,8 @@ def main() -> None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     seed = int(np.random.SeedSequence((args.seed, step, RANK)).generate_state(1)[0] // 2)
-
-    # One environment tells the spaces, before anything is written
     one = replace(args, vectorization="sync") if args.vectorization == "async" else args
-    envs = make_envs(one, 1, seed)
+    envs = make_envs(one, 1, seed)  # tells the spaces, before anything is written
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     _, infos = envs.reset()
     envs.close()
@@ -1118,10 +1081,8 @@ def main() -> None:
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         for tensor in agent.state_dict().values():
             distributed.broadcast(tensor, 0)
-    random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
     video_dir = None
     if RANK == 0:
         name = f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
@@ -1133,9 +1094,8 @@ def main() -> None:
             Path(args.run_dir, "args.json").write_text(json.dumps(vars(args), indent=2))
         if args.capture_video:
             video_dir = Path(args.run_dir, "videos", f"step-{step}-{int(time.time())}")
-        network = "Nature CNN" if agent.image else f"MLP of {obs_space.shape[0]} numbers"
-        network = f"CNN of a grid {obs_space.shape}" if agent.grid else network
-        masks = f"masks {mask_shape}" if mask_shape else "NO MASKS: the environment gives none"
+        network = "CNN" if agent.image or agent.grid else f"MLP of {obs_space.shape[0]} numbers"
+        masks = f"masks {mask_shape}" if mask_shape else "no masks from the environment"
         print(f"{args.run_dir}: {device}, {network}, {action_space}, {masks}")
     envs = make_envs(args, 1 if args.eval else args.num_envs // WORLD_SIZE, seed, video_dir)
     if args.eval:
