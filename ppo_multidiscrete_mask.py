@@ -563,8 +563,7 @@ class Agent(nn.Module):
 
     def to_env(self, actions: np.ndarray) -> np.ndarray:
         """Actions [N, H] as the environment takes them."""
-        actions = actions.reshape(-1, *self.action_space.shape)
-        return actions + self.action_space.start
+        return actions.reshape(-1, *self.action_space.shape) + self.action_space.start
 
 
 class Rollout:

@@ -1,8 +1,9 @@
-"""Returns, advantages and value targets against the sums written out step by step."""
+"""Advantages, value targets and the batch against the sums written out step by step."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -11,10 +12,22 @@ import pytest
 import torch
 from gymnasium import spaces
 from gymnasium.vector import SyncVectorEnv
+from torch import Tensor
 
-import ppo_discrete as ppo
+import ppo_continuous
+import ppo_discrete
+import ppo_multidiscrete_mask
 
 MODES = ["SameStep", "NextStep"]
+ACTIONS = {
+    ppo_discrete: spaces.Discrete(2),
+    ppo_continuous: spaces.Box(-1, 1, (2,)),
+    ppo_multidiscrete_mask: spaces.MultiDiscrete([2, 3]),
+}
+FLAGS = dict(
+    hidden_sizes=(4,), norm_obs=False, norm_reward=False, norm_adv=False, gamma=0.95, gae_lambda=0.8
+)
+scripts = pytest.mark.parametrize("ppo", ACTIONS, ids=lambda module: module.__name__)
 
 
 class Step(NamedTuple):
@@ -26,60 +39,66 @@ class Step(NamedTuple):
 
 
 class Scripted(gym.Env):
-    """Random observations, rewards and ends, whatever the action; `log` is what it did."""
+    """Random observations, rewards and ends, whatever the action; `log` has every step."""
 
-    def __init__(self, chance: float) -> None:
-        self.observation_space = spaces.Box(-np.inf, np.inf, (3,))
-        self.action_space = spaces.Discrete(2)
-        self.chance, self.log = chance, []
+    observation_space = spaces.Box(-np.inf, np.inf, (3,))
+
+    def __init__(self, action_space: spaces.Space) -> None:
+        self.action_space = action_space
+        self.log = []
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
         super().reset(seed=seed)
         self.obs = self.np_random.normal(size=3).astype(np.float32)
         return self.obs, {}
 
-    def step(self, action: int) -> tuple:
+    def step(self, action: Any) -> tuple:
         obs, self.obs = self.obs, self.np_random.normal(size=3).astype(np.float32)
-        reward = float(np.float32(self.np_random.normal(0.5)))
-        terminated, truncated = map(bool, self.np_random.random(2) < self.chance)
+        reward = self.np_random.normal(0.5)
+        terminated, truncated = (self.np_random.random(2) < 0.2).tolist()
         self.log.append(Step(obs, reward, terminated, truncated, self.obs))
         return self.obs, reward, terminated, truncated, {}
 
 
 class Play(NamedTuple):
-    agent: ppo.Agent
-    rollout: ppo.Rollout
-    collect: Callable[[], list[list[Step]]]  # next rollout; its steps, environment by environment
+    agent: Any
+    rollout: Any
+    collect: Callable[[], tuple[list[list[Step]], list]]  # steps by environment, and episodes
 
 
-def play(args: ppo.Args, mode: str, chance: float = 0.2) -> Play:
-    """An agent in float64 with a value normaliser that is not trivial, and a real rollout."""
+def play(args: Any, mode: str = "SameStep", ppo: ModuleType = ppo_discrete) -> Play:
+    """An agent in float64 with a value normalizer that is not trivial, and a real rollout."""
     torch.manual_seed(args.seed)
-    envs = SyncVectorEnv([partial(Scripted, chance)] * args.num_envs, autoreset_mode=mode)
+    vector = ppo.SyncEnvs if mode == "SameStep" else SyncVectorEnv
+    envs = vector([partial(Scripted, ACTIONS[ppo])] * args.num_envs, autoreset_mode=mode)
     agent = ppo.Agent(args, envs.single_observation_space, envs.single_action_space).double()
     agent.value_norm.mean.fill_(3.0)
     agent.value_norm.std.fill_(2.0)
     rollout = ppo.Rollout(args, agent, envs, args.seed)
-    rollout.obs = rollout.obs.double()
-    rollout.rows = list(zip(rollout.obs[:-1], rollout.obs[1:], rollout.actions, strict=True))
+    rollout.obs = rollout.obs.astype(np.float64)
 
-    def collect() -> list[list[Step]]:
+    def collect() -> tuple[list[list[Step]], list]:
         seen = [len(env.log) for env in envs.envs]
-        ppo.collect(agent, envs, rollout, [])
-        return [env.log[start:] for env, start in zip(envs.envs, seen, strict=True)]
+        episodes = rollout.collect(agent, envs)
+        return [env.log[start:] for env, start in zip(envs.envs, seen, strict=True)], episodes
 
     return Play(agent, rollout, collect)
 
 
-def by_env(rollout: ppo.Rollout, rows: Any) -> list[np.ndarray]:
-    """Rows [T, N] or [T * N] of the steps that count, environment by environment."""
-    rows = np.asarray(rows).reshape(rollout.rewards.shape)
-    return [rows[rollout.valid[:-1, n], n] for n in range(rows.shape[1])]
+def by_env(rollout: Any, samples: Any) -> list[np.ndarray]:
+    """Samples [T, N] or [T * N] of the valid steps, environment by environment."""
+    samples = np.asarray(samples).reshape(rollout.rewards.shape)
+    return [samples[rollout.valid[:-1, n], n] for n in range(samples.shape[1])]
 
 
-def value_of(agent: ppo.Agent, obs: np.ndarray) -> float:
-    """V(obs): the critic's two layers and the value normaliser, by hand."""
-    (w1, b1), (w2, b2) = ((p.weight, p.bias) for p in (agent.critic[0], agent.critic[2]))
+def forward(agent: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Distributions and critic's outputs of a batch now."""
+    return agent(*[batch[key] for key in ("obs", "masks") if key in batch])
+
+
+def value_of(agent: Any, obs: np.ndarray) -> float:
+    """V(obs): the critic's two layers and the value normalizer, by hand."""
+    (w1, b1), (w2, b2) = ((layer.weight, layer.bias) for layer in agent.critic[::2])
     hidden = np.tanh(w1.detach().numpy() @ obs.astype(np.float64) + b1.detach().numpy())
     output = float((w2.detach().numpy() @ hidden + b2.detach().numpy())[0])
     return output * agent.value_norm.std.item() + agent.value_norm.mean.item()
@@ -89,7 +108,7 @@ def sums(
     steps: list[Step], value: Callable, gamma: float, lam: float, bootstrap: bool = True
 ) -> dict[str, list[float]]:
     """Advantage and targets of every step of one environment in one rollout."""
-    rows = {"advantage": [], "gae": [], "mc": [], "td": []}
+    results = {"advantage": [], "gae": [], "mc": [], "td": []}
     for i in range(len(steps)):
         advantage = total = 0.0
         for k, step in enumerate(steps[i:]):
@@ -99,298 +118,210 @@ def sums(
             advantage += (gamma * lam) ** k * (one_step - value(step.obs))
             total += gamma**k * step.reward
             if k == 0:
-                rows["td"].append(one_step)
+                results["td"].append(one_step)
             if step.terminated or step.truncated:
                 break
-        rows["advantage"].append(advantage)
-        rows["gae"].append(advantage + value(steps[i].obs))
-        rows["mc"].append(total + gamma ** (k + 1) * next_value)
-    return rows
-
-
-# ---- the pure functions
-
-
-def random_ends(rng: np.random.Generator, t: int, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Terminated and truncated [t, n], sometimes both, and both at the last step of the first."""
-    terminated, truncated = rng.random((2, t, n)) < 0.3
-    terminated[-1, 0] = truncated[-1, 0] = True
-    return terminated, truncated
-
-
-@pytest.mark.parametrize("t, n", [(1, 1), (1, 4), (7, 1), (23, 5)])
-def test_discounted_sum(t: int, n: int) -> None:
-    rng = np.random.default_rng(t)
-    terms, decay = rng.normal(size=(t, n)), rng.random((t, n))
-    expected = [
-        [sum(terms[k, j] * decay[i:k, j].prod() for k in range(i, t)) for j in range(n)]
-        for i in range(t)
-    ]
-    result = ppo.discounted_sum(torch.as_tensor(terms), torch.as_tensor(decay))
-    np.testing.assert_allclose(result, expected, rtol=1e-12)
+        results["advantage"].append(advantage)
+        results["gae"].append(advantage + value(steps[i].obs))
+        results["mc"].append(total + gamma ** (k + 1) * next_value)
+    return results
 
 
 @pytest.mark.parametrize("gamma, lam", [(0.99, 0.95), (1.0, 1.0), (0.9, 0.0), (0.0, 0.5)])
-@pytest.mark.parametrize("t, n", [(1, 1), (1, 4), (7, 1), (23, 5)])
-def test_gae_and_returns(t: int, n: int, gamma: float, lam: float) -> None:
+@pytest.mark.parametrize("t, n", [(1, 1), (1, 4), (2, 2), (7, 1), (16, 2), (23, 5)])
+def test_compute_advantages(t: int, n: int, gamma: float, lam: float) -> None:
+    """Equation 16 of the GAE paper, in a loop; the arguments stay as they are."""
     rng = np.random.default_rng(10 * t + n)
-    rewards, values, next_values = rng.normal(size=(3, t, n))
-    terminated, truncated = random_ends(rng, t, n)
-    next_values[terminated] = 0.0
-    tables = []
-    for j in range(n):  # observations are the values that they have
-        flags = zip(terminated[:, j].tolist(), truncated[:, j].tolist(), strict=True)
-        numbers = zip(values[:, j], rewards[:, j], next_values[:, j], flags, strict=True)
-        steps = [Step(v, r, *ends, following) for v, r, following, ends in numbers]
-        tables.append(sums(steps, lambda obs: obs, gamma, lam))
-    arrays = map(torch.as_tensor, (rewards, values, next_values, terminated | truncated))
-    rewards, values, next_values, ended = arrays
-    advantages = ppo.compute_gae(rewards, values, next_values, ended, gamma, lam)
-    returns = ppo.compute_returns(rewards, next_values, ended, gamma)
-    expected = np.transpose([table["advantage"] for table in tables])
-    np.testing.assert_allclose(advantages, expected, atol=1e-6)  # the decay is in float32
-    np.testing.assert_allclose(returns, np.transpose([x["mc"] for x in tables]), atol=1e-6)
+    arrays = rewards, values, next_values = rng.normal(size=(3, t, n))
+    dones = rng.random((t, n)) < 0.3
+    dones[-1, 0] = True
+    expected = np.zeros((t, n))
+    for j in range(n):
+        for i in range(t):
+            factor = 1.0
+            for k in range(i, t):
+                delta = rewards[k, j] + gamma * next_values[k, j] - values[k, j]
+                expected[i, j] += factor * delta
+                factor *= gamma * lam * (not dones[k, j])
+    inputs = [torch.tensor(x) for x in (*arrays, dones)]
+    advantages = ppo_discrete.compute_advantages(*inputs, gamma, lam)
+    np.testing.assert_allclose(advantages, expected, atol=1e-6)  # the factors are in float32
+    for x, original in zip(inputs, (*arrays, dones), strict=True):
+        np.testing.assert_array_equal(x, original)
 
 
-def test_targets_leave_their_inputs_alone() -> None:
-    rewards, values, next_values = torch.randn(3, 5, 2, generator=torch.manual_seed(0))
-    ended = torch.tensor([[False, True]] * 5)
-    inputs = (rewards, values, next_values, ended)
-    before = [x.clone() for x in inputs]
-    ppo.compute_gae(*inputs, 0.99, 0.95)
-    ppo.compute_returns(rewards, next_values, ended, 0.99)
-    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
-
-
-# ---- rollouts of real environments
-
-
+@scripts
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("bootstrap", [True, False])
-@pytest.mark.parametrize("target", ["gae", "mc", "td"])
 @pytest.mark.parametrize("t, n", [(16, 6), (5, 1), (1, 7)])
-def test_estimate(mode: str, bootstrap: bool, target: str, t: int, n: int) -> None:
-    args = ppo.Args(
-        hidden_sizes=(4,),
-        num_steps=t,
-        num_envs=n,
-        gamma=0.95,
-        gae_lambda=0.8,
-        value_target=target,
-        bootstrap_truncated=bootstrap,
-    )
-    agent, rollout, collect = play(args, mode)
-    value, kinds = partial(value_of, agent), set()
+def test_targets_of_rollouts(ppo: ModuleType, mode: str, bootstrap: bool, t: int, n: int) -> None:
+    args = ppo.Args(**FLAGS, num_steps=t, num_envs=n, bootstrap_truncated=bootstrap)
+    agent, rollout, collect = play(args, mode, ppo)
+    value = partial(value_of, agent)
+    kinds = set()
     for _ in range(4):
-        logs = collect()
-        rollout.signals = ppo.learning_signals(agent, rollout, args)
-        _, values, advantages, targets = ppo.estimate(agent, rollout, args)
-        assert values.shape == advantages.shape == targets.shape == (t * n,)
-        columns = [by_env(rollout, rows) for rows in (values, advantages, targets)]
-        for steps, *rows in zip(logs, *columns, strict=True):
-            expected = sums(steps, value, args.gamma, args.gae_lambda, bootstrap)
-            np.testing.assert_allclose(rows[0], [value(s.obs) for s in steps], rtol=1e-9)
-            np.testing.assert_allclose(rows[1], expected["advantage"], atol=1e-5)
-            np.testing.assert_allclose(rows[2], expected[target], atol=1e-5)
-            kinds |= {(s.terminated, s.truncated) for s in steps[:-1]}
+        logs, _ = collect()
+        ppo.process_rewards(agent, rollout, args)
+        expected = [sums(steps, value, 0.95, 0.8, bootstrap) for steps in logs]
+        for target in ("gae", "mc", "td"):
+            results = ppo.compute_targets(agent, rollout, replace(args, value_target=target))
+            assert [x.shape for x in results[1:]] == [(t * n,)] * 3
+            for j, columns in enumerate(zip(*(by_env(rollout, x) for x in results[1:]))):
+                values, advantages, targets = columns
+                np.testing.assert_allclose(values, [value(s.obs) for s in logs[j]], rtol=1e-9)
+                np.testing.assert_allclose(advantages, expected[j]["advantage"], atol=1e-5)
+                np.testing.assert_allclose(targets, expected[j][target], atol=1e-5)
+        for steps in logs:
+            kinds |= {(s.terminated, s.truncated, "inside") for s in steps[:-1]}
             kinds |= {(s.terminated, s.truncated, "last") for s in steps[-1:]}
-    both = {(x, y) for x in (False, True) for y in (False, True)}
-    assert kinds >= (both if t == 16 else {(*ends, "last") for ends in both if t * n == 7})
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(
-    "terminated, truncated, following",
-    [(True, False, None), (False, True, "final"), (True, True, None), (False, False, "next")],
-)
-@pytest.mark.parametrize("last", [True, False])
-def test_value_after_the_end(
-    mode: str, terminated: bool, truncated: bool, following: str | None, last: bool
-) -> None:
-    """One step of reward 1 with V(obs) = obs[0]: what the target adds to the reward."""
-    args = ppo.Args(hidden_sizes=(), value_target="td", gamma=0.5)
-    agent = ppo.Agent(args, spaces.Box(-1, 1, (1,)), spaces.Discrete(2))
-    with torch.no_grad():
-        agent.critic[-1].weight.fill_(1.0)
-    obs = torch.tensor([[[10.0]], [[30.0]], [[70.0]]])  # s, reset or next, the one after
-    final_obs, same_step = [], mode == "SameStep"
-    t, ended = int(last), terminated or truncated
-    if truncated and not terminated and same_step:
-        final_obs = [(t, 0, np.array([50.0], np.float32))]
-    if truncated and not same_step:
-        obs[t + 1] = 50.0
-    ends = torch.zeros(2, 2, 1, dtype=torch.bool)
-    ends[0, t], ends[1, t] = terminated, truncated
-    valid = np.array([[True], [last or same_step or not ended], [True]])
-    rollout = SimpleNamespace(
-        obs=obs, valid=valid, final_obs=final_obs, signals=(torch.ones(2, 1), *ends)
-    )
-    targets = ppo.estimate(agent, rollout, args)[3]
-    expected = {None: 0.0, "final": 50.0, "next": [30.0, 70.0][t]}[following]
-    assert targets[t].item() == 1.0 + 0.5 * expected
+    ends = [(x, y) for x in (False, True) for y in (False, True)]
+    assert kinds >= ({(*end, "inside") for end in ends} if t == 16 else set())
+    assert kinds >= ({(*end, "last") for end in ends} if n == 7 else set())
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_environments_and_episodes_do_not_mix(mode: str) -> None:
-    """What one environment got, or an earlier or later episode, moves no other advantage."""
-    args = ppo.Args(hidden_sizes=(4,), num_steps=12, num_envs=3)
+    """A reward changes no advantage of another environment or of another episode."""
+    args = ppo_discrete.Args(**FLAGS, num_steps=12, num_envs=3)
     agent, rollout, collect = play(args, mode)
-    logs = collect()
-    rewards, terminated, truncated = ppo.learning_signals(agent, rollout, args)
-    ends = [[s.terminated or s.truncated for s in steps] for steps in logs]
-    results = []
-    for bonus in (0.0, 100.0):
-        rewards = rewards.clone()
-        rewards[np.flatnonzero(rollout.valid[:-1, 1])[0], 1] += bonus  # the first step of env 1
-        rollout.signals = (rewards, terminated, truncated)
-        results.append(by_env(rollout, ppo.estimate(agent, rollout, args)[2]))
-    for n in (0, 2):
-        np.testing.assert_array_equal(results[0][n], results[1][n])
-    assert results[1][1][0] - results[0][1][0] == pytest.approx(100.0, abs=1e-4)
-    first = ends[1].index(True) + 1
-    assert first < len(ends[1])
-    np.testing.assert_array_equal(results[0][1][1:], results[1][1][1:])
+    logs, _ = collect()
+    ends = [step.terminated or step.truncated for step in logs[1]]
+    second_episode = ends.index(True) + 1
+    assert 0 < second_episode < len(ends)
+    for first in (0, second_episode):
+        before = by_env(rollout, ppo_discrete.compute_targets(agent, rollout, args)[2])
+        rollout.rewards[np.flatnonzero(rollout.valid[:-1, 1])[first], 1] += 100.0
+        after = by_env(rollout, ppo_discrete.compute_targets(agent, rollout, args)[2])
+        np.testing.assert_array_equal(before[0], after[0])
+        np.testing.assert_array_equal(before[2], after[2])
+        difference = after[1] - before[1]
+        assert difference[first] == pytest.approx(100.0, abs=1e-4)
+        assert not np.delete(difference, first).any()
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("t, n", [(16, 4), (1, 5)])
 def test_finished_episodes(mode: str, t: int, n: int) -> None:
-    """Each is counted once, whole, in the rollout in which it ends; invalid rows add no step."""
-    args = ppo.Args(hidden_sizes=(4,), num_steps=t, num_envs=n)
+    """Each is counted once, with its own rewards and steps, whatever learning makes of them."""
+    flags = FLAGS | dict(norm_reward=True, clip_reward=0.1)
+    args = ppo_discrete.Args(**flags, num_steps=t, num_envs=n)
     agent, rollout, collect = play(args, mode)
-    under_way = [(0.0, 0)] * n
+    unfinished = [(0.0, 0)] * n
     counted = 0
     for _ in range(8):
         expected = []
-        for j, steps in enumerate(collect()):
-            total, length = under_way[j]
+        logs, episodes = collect()
+        for j, steps in enumerate(logs):
+            total, length = unfinished[j]
             for step in steps:
                 total, length = total + step.reward, length + 1
                 if step.terminated or step.truncated:
                     expected.append((total, length))
                     total, length = 0.0, 0
-            under_way[j] = (total, length)
-        ppo.learning_signals(agent, rollout, args)
-        episodes = ppo.finished_episodes(rollout)
+            unfinished[j] = (total, length)
+        ppo_discrete.process_rewards(agent, rollout, args)
         assert len(episodes) == len(expected)
         np.testing.assert_allclose(sorted(episodes), sorted(expected), atol=1e-9)
         counted += len(episodes)
     assert counted > 5
 
 
-def test_episode_returns_are_undiscounted_and_unnormalised() -> None:
-    """Neither the reward normaliser nor its clip touches what is reported."""
-    args = ppo.Args(hidden_sizes=(4,), num_steps=32, num_envs=2, norm_reward=True, clip_reward=0.1)
-    agent, rollout, collect = play(args, "SameStep")
-    logs = collect()
-    ppo.learning_signals(agent, rollout, args)
-    first = [s.reward for s in logs[0]]
-    end = next(i for i, s in enumerate(logs[0]) if s.terminated or s.truncated)
-    episodes = ppo.finished_episodes(rollout)
-    assert min(abs(e[0] - sum(first[: end + 1])) for e in episodes) < 1e-9
-
-
-# ---- the signals to learn from
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("bootstrap", [True, False])
-@pytest.mark.parametrize("clip", [None, 0.7])
-def test_scaled_rewards(mode: str, bootstrap: bool, clip: float | None) -> None:
-    """Over the deviation of all discounted returns so far, which start at 0 in each episode."""
-    args = ppo.Args(
-        hidden_sizes=(4,),
-        num_steps=9,
-        num_envs=4,
-        gamma=0.9,
-        norm_reward=True,
-        clip_reward=clip,
-        bootstrap_truncated=bootstrap,
-    )
-    agent, rollout, collect = play(args, mode)
-    running, history = [0.0] * 4, []
-    for _ in range(5):
-        logs = collect()
-        for n, steps in enumerate(logs):
-            for step in steps:
-                running[n] = step.reward + args.gamma * running[n]
-                history.append(running[n])
-                if step.terminated or step.truncated:
-                    running[n] = 0.0
-        rewards, *_ = ppo.learning_signals(agent, rollout, args)
-        for steps, scaled in zip(logs, by_env(rollout, rewards), strict=True):
-            expected = np.array([s.reward for s in steps]) / np.std(history)
-            limit = np.inf if clip is None else clip
-            np.testing.assert_allclose(scaled, expected.clip(-limit, limit), rtol=1e-5)
-    assert agent.reward_norm.count == len(history)
-    assert np.mean(history) > 0.5  # a mean that must not be subtracted
-
-
-def test_scaled_rewards_keep_their_sign() -> None:
-    """Rewards of one sign with a large mean stay of one sign, and zero stays zero."""
-    args = ppo.Args(hidden_sizes=(4,), num_steps=4, num_envs=2, norm_reward=True)
-    agent, rollout, collect = play(args, "SameStep")
-    collect()
-    rollout.rewards[:] = [[1000.0, 1001.0], [0.0, 1002.0], [999.0, 1.0], [0.5, 1000.0]]
-    rewards, *_ = ppo.learning_signals(agent, rollout, args)
-    np.testing.assert_array_equal(rewards.sign(), np.sign(rollout.rewards))
-
-
-@pytest.mark.parametrize("bootstrap", [True, False])
-def test_signals_are_the_rollouts(bootstrap: bool) -> None:
-    """Rewards as they are; without bootstrap a truncation counts as a termination."""
-    args = ppo.Args(hidden_sizes=(4,), num_steps=30, num_envs=2, bootstrap_truncated=bootstrap)
-    agent, rollout, collect = play(args, "SameStep")
-    collect()
-    assert (rollout.truncated & ~rollout.terminated).any()
-    rewards, terminated, truncated = ppo.learning_signals(agent, rollout, args)
-    np.testing.assert_array_equal(rewards, rollout.rewards)
-    stops = rollout.terminated if bootstrap else rollout.terminated | rollout.truncated
-    np.testing.assert_array_equal(terminated, stops)
-    np.testing.assert_array_equal(terminated | truncated, rollout.terminated | rollout.truncated)
-
-
-@pytest.mark.parametrize("pixels", [True, False])
 @pytest.mark.parametrize("episodic_life", [True, False])
-@pytest.mark.parametrize("sign_reward", [True, False])
-def test_lives_and_signs(pixels: bool, episodic_life: bool, sign_reward: bool) -> None:
-    """Pixels with lives: a lost one ends the chain, but not the game; a gained one does not."""
-    args = ppo.Args(episodic_life=episodic_life, sign_reward=sign_reward)
-    ends = np.array([[False], [False], [True], [False]])
-    rollout = SimpleNamespace(
-        rewards=np.array([[3.0], [-7.0], [0.0], [0.25]]),
-        terminated=ends,
-        truncated=np.zeros((4, 1), bool),
-        lives=np.array([[3], [3], [2], [3], [4]]),
-        atari=pixels,
-        valid=np.ones((5, 1), bool),
-        so_far=np.zeros((2, 1)),
-        obs=torch.zeros(5, 1, 1),
-    )
-    agent = SimpleNamespace(pixels=pixels)
-    rewards, terminated, _ = ppo.learning_signals(agent, rollout, args)
-    lost = [[False], [pixels and episodic_life], [True], [False]]
-    np.testing.assert_array_equal(terminated, lost)
-    shown = np.array([[3.0], [-7.0], [0.0], [0.25]])
-    np.testing.assert_array_equal(rewards, np.sign(shown) if pixels and sign_reward else shown)
-    assert ppo.finished_episodes(rollout) == [(-4.0, 3)]
+def test_a_lost_life_ends_the_sum_of_rewards(episodic_life: bool) -> None:
+    args = ppo_discrete.Args(**FLAGS, num_steps=6, num_envs=1, episodic_life=episodic_life)
+    agent, rollout, collect = play(args)
+    (steps,), _ = collect()
+    rollout.life_lost[2] = True
+    ppo_discrete.process_rewards(agent, rollout, args)
+    if episodic_life:
+        steps[2] = steps[2]._replace(terminated=True)
+    expected = sums(steps, partial(value_of, agent), 0.95, 0.8)["advantage"]
+    advantages = ppo_discrete.compute_targets(agent, rollout, args)[2]
+    np.testing.assert_allclose(advantages, expected, atol=1e-5)
 
 
-def test_signs_of_rewards_are_kept_for_pixels_without_lives() -> None:
-    """An environment that tells of no lives is no Atari game: its rewards are its own."""
-    rollout = SimpleNamespace(
-        rewards=np.array([[3.0], [-0.5]]),
-        terminated=np.zeros((2, 1), bool),
-        truncated=np.zeros((2, 1), bool),
-        lives=np.zeros((3, 1), np.int64),
-        atari=False,
-        obs=torch.zeros(3, 1, 1),
-    )
-    rewards, *_ = ppo.learning_signals(SimpleNamespace(pixels=True), rollout, ppo.Args())
-    assert rewards.tolist() == [[3.0], [-0.5]]
+@scripts
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("norm_value", ["none", "running", "popart"])
+def test_make_batch(ppo: ModuleType, mode: str, norm_value: str) -> None:
+    """Samples in the critic's units and metrics in the rewards' units, of valid steps alone."""
+    args = ppo.Args(**FLAGS, num_steps=20, num_envs=4, norm_value=norm_value)
+    agent, rollout, collect = play(args, mode, ppo)
+    fresh = np.random.default_rng(0).normal(size=(10, 3))
+    history = []
+    for _ in range(3):
+        collect()
+        valid = rollout.valid[:-1].ravel()
+        assert valid.all() == (mode == "SameStep")
+        rollout.rewards[~rollout.valid[:-1]] = -1e6  # must have no effect
+        _, values, advantages, targets = ppo.compute_targets(agent, rollout, args)
+        fresh_values = [value_of(agent, obs) for obs in fresh]
+        fresh_outputs = agent.critic(torch.tensor(fresh))
+        batch, metrics = ppo.make_batch(agent, None, rollout, args)
+
+        x, v, a = (y.numpy()[valid] for y in (targets, values, advantages))
+        history += x.tolist()
+        mean, std = 3.0, 2.0
+        if norm_value != "none":
+            mean, std = np.mean(history), np.sqrt(np.var(history) + 1e-8)
+            assert agent.value_norm.count == len(history)
+        dists, outputs = forward(agent, batch)
+        np.testing.assert_allclose(batch["targets"][valid], (x - mean) / std, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(batch["advantages"], advantages)
+        torch.testing.assert_close(batch["values"], outputs.detach())
+        torch.testing.assert_close(batch["dists"], dists.detach())
+        np.testing.assert_array_equal(batch["loss_mask"], valid)
+        np.testing.assert_array_equal(batch["obs"], rollout.obs[:-1].reshape(-1, 3))
+        np.testing.assert_array_equal(batch["actions"].ravel(), rollout.actions.ravel())
+        logprobs = agent.log_prob(dists, batch["actions"])
+        torch.testing.assert_close(batch["logprobs"], logprobs.detach())
+
+        popart_values = [value_of(agent, obs) for obs in fresh]
+        if norm_value == "running":  # the network stays, and what it predicts is read anew
+            assert torch.equal(agent.critic(torch.tensor(fresh)), fresh_outputs)
+            assert not np.allclose(popart_values, fresh_values, atol=1e-2)
+        else:
+            np.testing.assert_allclose(popart_values, fresh_values, rtol=1e-6)
+
+        expected = {
+            "advantages/mean": a.mean(),
+            "advantages/std": a.std(ddof=1),
+            "values/old_mean": v.mean(),
+            "values/target_mean": x.mean(),
+            "losses/explained_variance": 1 - np.var(x - v) / np.var(x),
+        }
+        for tag, number in expected.items():
+            assert float(metrics[tag]) == pytest.approx(number, rel=1e-6), tag
 
 
-# ---- advantages anew in every epoch
+@pytest.mark.parametrize("shared", [True, False])
+def test_popart_keeps_values_in_float32(shared: bool) -> None:
+    """Statistics that change by orders of magnitude leave every value where it was."""
+    args = ppo_discrete.Args(hidden_sizes=(16,), norm_value="popart", shared_network=shared)
+    args = replace(args, num_steps=32, num_envs=2)
+    agent, rollout, collect = play(args)
+    agent.float()
+    rollout.obs = rollout.obs.astype(np.float32)
+    obs = torch.randn(40, 3)
+    for mean, std in ((150.0, 30.0), (-1000.0, 1.0), (0.0, 0.01), (5.0, 400.0)):
+        collect()
+        rollout.rewards = np.random.default_rng(0).normal(mean, std, rollout.rewards.shape)
+        before = ppo_discrete.evaluate_policy(agent, obs)[1]
+        old_mean = agent.value_norm.mean.item()
+        ppo_discrete.make_batch(agent, None, rollout, args)
+        assert abs(agent.value_norm.mean.item() - old_mean) > 1
+        values = ppo_discrete.evaluate_policy(agent, obs)[1]
+        torch.testing.assert_close(values, before, atol=2e-3, rtol=1e-4)
+
+
+def test_metrics_of_targets_without_variance_are_finite() -> None:
+    args = ppo_discrete.Args(**FLAGS, num_steps=4, num_envs=2)
+    agent, rollout, collect = play(args)
+    collect()
+    rollout.rewards[:] = 1.0
+    rollout.terminated[:] = True
+    _, metrics = ppo_discrete.make_batch(agent, None, rollout, args)
+    assert all(np.isfinite(float(value)) for value in metrics.values())
 
 
 @pytest.mark.parametrize("norm_value", ["none", "running", "popart"])
@@ -399,60 +330,44 @@ def test_signs_of_rewards_are_kept_for_pixels_without_lives() -> None:
 def test_recompute_advantages(
     mode: str, recompute: bool, norm_value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each epoch's advantages and targets are the critic's of its start, or the first's."""
-    args = ppo.Args(
-        hidden_sizes=(4,),
-        num_steps=6,
-        num_envs=3,
-        num_minibatches=1,
-        update_epochs=3,
-        norm_adv=False,
-        norm_value=norm_value,
-        recompute_advantages=recompute,
-        max_grad_norm=None,
-    )
+    """Advantages and targets of an epoch are those of the critic at its start, or the first's."""
+    ppo = ppo_discrete
+    flags = dict(num_minibatches=1, update_epochs=3, norm_value=norm_value, max_grad_norm=None)
+    args = ppo.Args(**FLAGS, **flags, num_steps=6, num_envs=3, recompute_advantages=recompute)
     agent, rollout, collect = play(args, mode)
-    logs = collect()
-    rollout.signals = ppo.learning_signals(agent, rollout, args)
-    if norm_value != "none":
-        agent.advance_value_norm(torch.randn(50, generator=torch.manual_seed(1)) * 2 + 3, False)
-    critics, epochs, loss_fn = [], [], ppo.ppo_loss
+    logs, _ = collect()
     valid = rollout.valid[:-1].ravel()
+    flat_obs = torch.tensor(rollout.obs[:-1]).flatten(0, 1)
+    expected, epochs, ppo_loss = [], [], ppo.ppo_loss
 
     def naive() -> dict[str, np.ndarray]:
-        value = partial(value_of, agent)
-        tables = [sums(steps, value, args.gamma, args.gae_lambda) for steps in logs]
-        grid = {key: np.zeros(rollout.rewards.shape) for key in ("advantage", "gae")}
-        for n, table in enumerate(tables):
-            for key, rows in grid.items():
-                rows[rollout.valid[:-1, n], n] = table[key]
-        return {key: rows.ravel()[valid] for key, rows in grid.items()}
+        results = {key: np.zeros(rollout.rewards.shape) for key in ("advantage", "gae")}
+        for n, steps in enumerate(logs):
+            table = sums(steps, partial(value_of, agent), args.gamma, args.gae_lambda)
+            for key, result in results.items():
+                result[rollout.valid[:-1, n], n] = table[key]
+        return {key: result.ravel()[valid] for key, result in results.items()}
 
-    def spy(agent: ppo.Agent, batch: ppo.Batch, *rest: Any) -> Any:
-        critics.append(naive())
-        rows = [(batch.obs == obs).all(-1).nonzero().item() for obs in flat_obs]
-        epochs.append(ppo.Batch(*(x[rows] for x in batch)))
-        return loss_fn(agent, batch, *rest)
+    def spy(agent: Any, batch: dict[str, Tensor], *rest: Any) -> Any:
+        expected.append(naive())
+        order = [(batch["obs"] == obs).all(-1).nonzero().item() for obs in flat_obs]
+        epochs.append({key: x[order] for key, x in batch.items()})
+        return ppo_loss(agent, batch, *rest)
 
     monkeypatch.setattr(ppo, "ppo_loss", spy)
-    flat_obs = rollout.obs[:-1].flatten(0, 1)
-    critics.append(naive())  # make_batch may advance the value normaliser
-    batch = ppo.make_batch(agent, None, rollout, args)
-    batch = batch._replace(weights=batch.weights.double())
-    optimizer = ppo.Adam(agent, args)
-    for group in optimizer.param_groups:
-        group["lr"] = 0.05
-    coefs = torch.tensor([1.0, 0.5, -0.01, 0.0, 0.0], dtype=torch.float64)
-    ppo.update(agent, optimizer, rollout, batch, args, coefs, False)
-    first, epoch_critics = critics[0], critics[1:]
+    first = naive()  # `make_batch` may change the value normalizer
+    batch, _ = ppo.make_batch(agent, None, rollout, args)
+    groups = [{"params": [*agent.actor.parameters()]}, {"params": [*agent.critic.parameters()]}]
+    optimizer = torch.optim.Adam(groups, lr=0.05)
+    coefs = torch.tensor([0.01, 0.0], dtype=torch.float64)
+    ppo.update(agent, optimizer, rollout, dict(batch), args, coefs)
     assert len(epochs) == 3
     norm = agent.value_norm
     for i, epoch in enumerate(epochs):
-        expected = epoch_critics[i] if recompute and i else first
-        np.testing.assert_allclose(epoch.advantages[valid], expected["advantage"], atol=1e-5)
-        targets = epoch.targets[valid] * norm.std + norm.mean
-        np.testing.assert_allclose(targets, expected["gae"], atol=1e-4)
-        for name in ("values", "logprobs", "dists", "actions"):  # the old policy and critic stay
-            assert torch.equal(getattr(epoch, name), getattr(batch, name))
-    change = np.abs(epoch_critics[2]["advantage"] - first["advantage"]).max()
-    assert change > 0.01
+        now = expected[i] if recompute and i else first
+        np.testing.assert_allclose(epoch["advantages"][valid], now["advantage"], atol=1e-5)
+        targets = epoch["targets"][valid] * norm.std + norm.mean
+        np.testing.assert_allclose(targets, now["gae"], atol=1e-5)
+        for key in ("values", "logprobs", "dists", "actions"):  # of the old policy and critic
+            assert torch.equal(epoch[key], batch[key])
+    assert np.abs(expected[2]["advantage"] - first["advantage"]).max() > 0.01
