@@ -84,8 +84,7 @@ class Args:
     clip_obs: float | None = 10.0  # clip standardized observations to [-clip, clip]
     norm_reward: bool = False  # divide rewards by the running std of the discounted return
     clip_reward: float | None = 10.0  # clip normalized rewards to [-clip, clip]
-    norm_value: Literal["none", "running", "popart"] = "none"  # the critic predicts standardized
-    # targets; popart also rescales its last layer so that its values do not change
+    norm_value: Literal["none", "running", "popart"] = "none"  # standardize the critic's targets
     norm_adv: bool = True  # standardize advantages
     norm_adv_scope: Literal["minibatch", "batch"] = "minibatch"  # samples to standardize over
     # Targets

@@ -1,53 +1,98 @@
-"""A picture of runs: the mean over seeds of one tag, with the spread between the seeds.
+"""Learning curves of runs, kept in a table and drawn as one picture with a panel for each task.
 
-    pip install matplotlib
-    python tests/benchmarks/curves.py OUT.png TAG "LABEL=RUNS" ["LABEL=RUNS" ...]
+    python tests/benchmarks/curves.py add "Hopper-v5=runs/Hopper-v5__*" ["TASK=PATTERN" ...]
+    python tests/benchmarks/curves.py draw            # results/curves.csv -> results/curves.png
 
-RUNS is a pattern of run directories, one a seed, such as "runs/TaxiDispatch-v0__conditional__*".
+`add` reads charts/return_100 of every run that matches the pattern, replaces the rows of the task
+in the table, and prints the final returns. `draw` shows the mean over seeds and their range; it
+needs matplotlib.
 """
 
 import argparse
+import csv
 from glob import glob
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+RESULTS = Path(__file__).resolve().parent / "results"
+POINTS = 60  # of a curve
 
-def read(run: str, tag: str, steps: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of a tag, smoothed over a fiftieth of the run; at `steps` if given."""
+
+def read(run: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and mean returns of the last 100 episodes of a run, at equal distances."""
     events = EventAccumulator(run, size_guidance={"scalars": 0})
     events.Reload()
-    points = np.array([(event.step, event.value) for event in events.Scalars(tag)])
-    width = max(len(points) // 50, 1)
-    values = np.convolve(points[:, 1], np.ones(width) / width, "valid")
-    at = points[width - 1 :, 0]
-    return (at, values) if steps is None else (steps, np.interp(steps, at, values))
+    points = np.array([(e.step, e.value) for e in events.Scalars("charts/return_100")])
+    steps = np.linspace(points[0, 0], points[-1, 0], POINTS).round()
+    return steps, np.interp(steps, points[:, 0], points[:, 1])
 
 
-def main() -> None:
-    """Draw one line a label."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path)
-    parser.add_argument("tag")
-    parser.add_argument("groups", nargs="+", metavar="LABEL=RUNS")
-    options = parser.parse_args()
-    _, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for group in options.groups:
-        label, pattern = group.split("=", 1)
+def add(groups: list[str]) -> None:
+    """Put runs into the table."""
+    path = RESULTS / "curves.csv"
+    rows = list(csv.DictReader(path.open())) if path.exists() else []
+    for group in groups:
+        task, pattern = group.split("=", 1)
         runs = sorted(glob(pattern))
         if not runs:
             raise SystemExit(f"error: no run matches {pattern}")
-        steps, _ = read(runs[0], options.tag, None)
-        values = np.stack([read(run, options.tag, steps)[1] for run in runs])
-        (line,) = axes.plot(steps, values.mean(0), label=f"{label} ({len(runs)} seeds)")
-        low, high = values.min(0), values.max(0)
-        axes.fill_between(steps, low, high, alpha=0.2, color=line.get_color(), linewidth=0)
-    axes.set(xlabel="environment steps", ylabel=options.tag)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    plt.savefig(options.out, dpi=120)
+        rows = [row for row in rows if row["task"] != task]
+        final = []
+        for number, run in enumerate(runs, 1):
+            steps, returns = read(run)
+            final.append(returns[-1])
+            for step, value in zip(steps, returns, strict=True):
+                row = {"task": task, "run": number, "step": int(step)}
+                rows.append(row | {"return_100": round(float(value), 3)})
+        std = np.std(final, ddof=1) if len(final) > 1 else 0.0
+        print(task, *np.round(final, 2), f"mean {np.mean(final):.2f} +- {std:.2f}")
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, ["task", "run", "step", "return_100"])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def draw() -> None:
+    """Draw the table."""
+    import matplotlib.pyplot as plt
+
+    curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for row in csv.DictReader((RESULTS / "curves.csv").open()):
+        point = (float(row["step"]), float(row["return_100"]))
+        curves.setdefault(row["task"], {}).setdefault(row["run"], []).append(point)
+    columns = 4
+    rows = -(-len(curves) // columns)
+    figure, panels = plt.subplots(
+        rows, columns, figsize=(3 * columns, 2.4 * rows), layout="constrained", squeeze=False
+    )
+    for panel in panels.flat[len(curves) :]:
+        panel.axis("off")
+    for panel, (task, runs) in zip(panels.flat, curves.items(), strict=False):
+        values = np.array([[value for _, value in points] for points in runs.values()])
+        steps = np.array(next(iter(runs.values())))[:, 0]
+        panel.plot(steps, values.mean(0), color="C0")
+        panel.fill_between(steps, values.min(0), values.max(0), alpha=0.25, linewidth=0)
+        panel.set_title(f"{task} ({len(runs)} seeds)", fontsize=9)
+        panel.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
+        panel.tick_params(labelsize=8)
+        panel.grid(alpha=0.3)
+    figure.supxlabel("environment steps", fontsize=9)
+    figure.supylabel("mean return of the last 100 episodes", fontsize=9)
+    plt.savefig(RESULTS / "curves.png", dpi=110)
+
+
+def main() -> None:
+    """Read the command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=["add", "draw"])
+    parser.add_argument("groups", nargs="*", metavar="TASK=PATTERN")
+    options = parser.parse_args()
+    if options.command == "add":
+        add(options.groups)
+    else:
+        draw()
 
 
 if __name__ == "__main__":

@@ -1,18 +1,19 @@
-"""Training speed and memory beside CleanRL, Stable-Baselines3 and sb3-contrib.
+"""Training speed and memory beside CleanRL, Stable-Baselines3, sb3-contrib and an older commit.
 
     python tests/benchmarks/speed.py --cleanrl PATH_TO_A_CHECKOUT [--workloads cartpole masks]
-        [--cleanrl-python PYTHON_WITH_GYMNASIUM_0.29] [--repeats 5]
+        [--old CHECKOUT_OF_ANOTHER_COMMIT] [--cleanrl-python PYTHON_WITH_GYMNASIUM_0.29]
+        [--repeats 5]
     python tests/benchmarks/speed.py --many-envs
     python tests/benchmarks/speed.py --whole-run --cleanrl PATH_TO_A_CHECKOUT
     python tests/benchmarks/speed.py --picture
 
-Runs alternate, so that a slow minute of the machine meets all of them, and every run is a process
-of its own. Steps per second are counted from the first environment step to the last update, with
---compile from the second iteration on, for the first one compiles; starting Python and importing
-are left out. "environment" steps the environments alone, with random actions, through the script's
-own vectorisation: no training can be faster. Memory is the peak resident size. Every run is a row
-of results/speed.csv, and every part of an iteration one of results/split.csv; workloads that were
-not asked for keep their rows. CleanRL's files are run as they are; its ppo_continuous_action.py and
+Runs alternate, so that a slow minute of the machine affects all of them, and every run is a process
+of its own. Steps per second of ours and of the older commit are counted from the second iteration
+on, because --compile compiles in the first one; those of the others from the first environment
+step. Starting Python and importing are left out. "environment" steps the environments alone, with
+random actions: no training can be faster. Memory is the peak resident size. Every run is a row of
+results/speed.csv, and every part of an iteration one of results/split.csv; workloads that were not
+asked for keep their rows. CleanRL's files are run as they are; its ppo_continuous_action.py and
 ppo_atari.py need an interpreter with gymnasium 0.29 (ale-py 0.10, stable-baselines3 2.3).
 --picture needs matplotlib.
 """
@@ -31,7 +32,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 RESULTS = HERE / "results"
-PARTS = "collect make_batch update describe log"
+PARTS = "make_batch update"
+BATCH = {"cartpole": 512, "halfcheetah": 2048, "masks": 1024, "cartpole64": 8192, "pong": 1024}
 SB3 = """
 import time, torch
 from stable_baselines3 import PPO
@@ -96,33 +98,34 @@ WORKLOADS = {  # ours, CleanRL's, the other peer, its model, steps of a run, thr
         *(None, "Stable-Baselines3", CARTPOLE64, 200_000, 2),
     ),
     "pong": (
-        "ppo_discrete.py --env-id ALE/Pong-v5 --vectorization native",
+        "ppo_discrete.py --env-id ALE/Pong-v5 --vectorization native --num-envs 8 "
+        "--shared-network --clip-coef 0.1",
         *("ppo_atari.py --env-id PongNoFrameskip-v4", "Stable-Baselines3", PONG, 5_120, 2),
     ),
 }
-# Our script, with something around it: the rate from the second iteration on, and times of parts.
+# Our script, with times of its parts, and the rate from the second iteration on.
 TIMED = """
 import importlib, sys, time
 sys.path.insert(0, {root!r})
 script = importlib.import_module({script!r})
-times, logged = {{}}, []
-def timed(name):
-    function = getattr(script, name)
+times, ends = {{}}, []
+def timed(owner, name):
+    function = getattr(owner, name)
     def call(*args, **kwargs):
         start = time.perf_counter()
         result = function(*args, **kwargs)
-        times.setdefault(name, []).append(time.perf_counter() - start)
-        if name == "log":
-            logged.append((time.perf_counter(), args[1]))
+        end = time.perf_counter()
+        times.setdefault(name, []).append(end - start)
+        if name == "update":
+            ends.append(end)
         return result
-    setattr(script, name, call)
+    setattr(owner, name, call)
 for name in {parts!r}.split():
-    timed(name)
+    timed(script, name)
+timed(script if hasattr(script, "collect") else script.Rollout, "collect")
 sys.argv = [script.__file__, *{flags!r}]
-start = time.perf_counter()
 script.main()
-(first, begin), (last, end) = logged[0], logged[-1]
-print("SPS:", (end - begin) / (last - first))
+print("SPS:", (len(ends) - 1) * {batch} / (ends[-1] - ends[0]))
 for name, values in times.items():
     print("part", name, sorted(values)[len(values) // 2] * 1e3)
 """
@@ -130,10 +133,7 @@ FLOOR = """
 import importlib, sys, time
 sys.path.insert(0, {root!r})
 script = importlib.import_module({script!r})
-sys.argv = [script.__file__, *{flags!r}]
-args = script.parse_args()
-if "ALE/" in args.env_id:
-    args.num_envs = 8
+args = script.tyro.cli(script.Args, args={flags!r})
 envs = script.make_envs(args, args.num_envs, 1)
 envs.reset(seed=1)
 envs.action_space.seed(1)
@@ -180,14 +180,19 @@ def commands(name: str, seed: int, options: argparse.Namespace) -> dict[str, lis
     script, *flags = ours.split()
     flags += ["--total-timesteps", str(steps), "--seed", str(seed)]
     flags += ["--torch-threads", str(threads), "--no-progress"]
-    ours = {"root": str(ROOT), "script": script.removesuffix(".py"), "parts": PARTS}
+    batch = BATCH[name]
+    ours = {"script": script.removesuffix(".py"), "parts": PARTS, "batch": batch}
     compiled = [*flags, "--compile"]
     python = [sys.executable, "-c"]
     result = {
-        "ours": [*python, TIMED.format(flags=flags, **ours)],
-        "ours compiled": [*python, TIMED.format(flags=compiled, **ours)],
+        "ours": [*python, TIMED.format(flags=flags, root=str(ROOT), **ours)],
+        "ours compiled": [*python, TIMED.format(flags=compiled, root=str(ROOT), **ours)],
         peer: [*python, SB3.format(steps=steps, seed=seed, model=model, threads=threads)],
     }
+    if options.old:
+        old = {"root": str(options.old), **ours}
+        result["old"] = [*python, TIMED.format(flags=flags, **old)]
+        result["old compiled"] = [*python, TIMED.format(flags=compiled, **old)]
     if cleanrl and options.cleanrl:
         file, *flags = cleanrl.split()
         argv = [str(options.cleanrl / "cleanrl" / file), *flags]
@@ -278,6 +283,7 @@ def measure_many(options: argparse.Namespace) -> None:
             total = max(total, 2 * steps * size)
             extra = ["--num-envs", str(size), "--total-timesteps", str(total), "--no-progress"]
             code = {"root": str(ROOT), "script": script.removesuffix(".py"), "parts": PARTS}
+            code["batch"] = steps * size
             command = [sys.executable, "-c", TIMED.format(flags=[*flags, *extra], **code)]
             text, megabytes, _ = run(command, 1)
             row = {"workload": name, "num_envs": size, "sps": sps(text)}
@@ -348,6 +354,7 @@ def main() -> None:
     """Read the options and measure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cleanrl", type=Path, help="checkout of vwxyzjn/cleanrl; without: no run")
+    parser.add_argument("--old", type=Path, help="checkout of another commit; without: no run")
     parser.add_argument("--cleanrl-python", default=sys.executable, help="for MuJoCo's script")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--repeats", type=int, default=5)
