@@ -59,7 +59,7 @@ class Args:
     torch_threads: int = 1  # threads of PyTorch on the CPU
     progress: bool = True  # show the progress bar
     checkpoint_every: int = 100  # iterations between checkpoints; 0: only at the end
-    resume: str | None = None  # run directory to continue, under its flags and those given here
+    resume: str | None = None  # run directory to continue; flags given here override its own
     eval: str | None = None  # run directory to evaluate instead of training
     eval_episodes: int = 10  # episodes of an evaluation
     eval_deterministic: bool = True  # evaluate the most probable action, not a sampled one
@@ -70,7 +70,7 @@ class Args:
     num_envs: int = 8  # environments in parallel, in total over all processes
     num_steps: int = 128  # steps of each environment in a rollout
     total_timesteps: int = 2_000_000  # environment steps of the whole run
-    episodic_life: bool = True  # Atari: a lost life ends the sum of rewards, not the game
+    episodic_life: bool = True  # Atari: a lost life ends the return, not the game
     sign_reward: bool = True  # Atari: learn from the sign of the reward
     # Network
     hidden_sizes: tuple[int, ...] = (64, 64)  # units of the hidden layers; images, grids: CNN
@@ -92,12 +92,14 @@ class Args:
     gae_lambda: float = 0.95  # lambda of generalized advantage estimation (GAE)
     value_target: Literal["gae", "mc", "td"] = "gae"  # A + V, discounted return, or r + gamma V'
     recompute_advantages: bool = False  # recompute advantages and targets before every epoch
-    bootstrap_truncated: bool = True  # truncated episodes continue with V(final observation)
+    bootstrap_truncated: bool = True  # add gamma * V(final observation) where truncated
     # Policy loss
     clip_coef: float | None = 0.1  # clip of the probability ratio; None: no clip
     dual_clip_coef: float | None = None  # bound of the ratio where the advantage is negative (> 1)
-    kl_coef: float = 0.0  # beta of the penalty beta * KL(old, new); with kl_target its first value
-    kl_target: float | None = None  # adapt beta to this KL: double above 1.5 x, halve below / 1.5
+    kl_coef: float = 0.0  # beta of the penalty beta * KL(old, new); kl_target: its first value
+    kl_target: float | None = (
+        None  # KL that beta adapts to: doubles above 1.5 x, halves below / 1.5
+    )
     target_kl: float | None = None  # stop the policy's epochs once the approximate KL exceeds it
     ref_checkpoint: str | None = None  # run directory of a fixed reference policy
     ref_kl_coef: float = 0.0  # coefficient of KL(policy, reference)
@@ -108,6 +110,7 @@ class Args:
     value_loss: Literal["mse", "huber"] = "mse"  # half the squared error, or Huber loss
     critic_epochs: int = 0  # additional epochs that train only the critic
     critic_warmup_iterations: int = 0  # first iterations that train only the critic
+    # Entropy
     ent_coef: float = 0.01  # coefficient of the entropy bonus
     ent_coef_final: float | None = None  # its value in the last iteration (None: constant)
     # Optimizer
@@ -149,10 +152,9 @@ def check_args(args: Args) -> None:
     batch_size = args.num_envs * args.num_steps
     if args.total_timesteps < batch_size:
         fail(f"total_timesteps ({args.total_timesteps}) is less than one rollout ({batch_size})")
-    if args.num_envs % WORLD_SIZE:
-        fail(f"num_envs ({args.num_envs}) is not divisible by {WORLD_SIZE} processes")
-    if batch_size // WORLD_SIZE % args.num_minibatches:
-        fail(f"num_envs * num_steps ({batch_size}) is not divisible by num_minibatches")
+    if args.num_envs % WORLD_SIZE or batch_size // WORLD_SIZE % args.num_minibatches:
+        split = f"{WORLD_SIZE} processes and {args.num_minibatches} minibatches"
+        fail(f"{args.num_envs} environments x {args.num_steps} steps do not divide into {split}")
     if args.norm_adv and args.norm_adv_scope == "minibatch" and batch_size == args.num_minibatches:
         fail("norm_adv needs two or more samples in a minibatch")
     if args.ref_kl_coef and not args.ref_checkpoint:
@@ -576,7 +578,6 @@ class Rollout:
         self.rewards = np.zeros(shape)
         self.terminated, self.truncated, self.life_lost = np.zeros((3, *shape), bool)
         self.valid = np.ones(obs_shape[:2], bool)  # False: NEXT_STEP reset, the action is ignored
-        self.final_obs: list[tuple[int, int, np.ndarray]] = []  # (t, n, obs) where truncated
         self.episode_return, self.episode_length, self.discounted_return = np.zeros((3, shape[1]))
         self.next_step = envs.metadata["autoreset_mode"] == AutoresetMode.NEXT_STEP
         seeded = {} if args.vectorization == "envpool" else {"seed": seed}
@@ -593,15 +594,13 @@ class Rollout:
     def collect(self, agent: Agent, envs: VectorEnv, sample: bool = True) -> list[tuple]:
         """Step the environments; undiscounted return and length of every finished episode."""
         agent.eval()
-        device = agent.value_norm.mean.device
-        noise = agent.noise.sample(self.rewards.shape).to(device)
-        self.obs[0] = self.obs[-1]
-        self.valid[0] = self.valid[-1]
+        noise = agent.noise.sample(self.rewards.shape).to(agent.value_norm.mean.device)
+        self.obs[0], self.valid[0] = self.obs[-1], self.valid[-1]
         self.masks[0] = self.masks[-1]
-        self.final_obs = []
+        self.final_obs = []  # (t, n, observation) of truncated episodes, for SAME_STEP
         for t, (obs, step_noise) in enumerate(zip(torch.from_numpy(self.obs), noise, strict=False)):
-            masks = torch.from_numpy(self.masks[t]).to(device)
-            action = agent.act(obs.to(device), masks, step_noise if sample else None)
+            masks = torch.from_numpy(self.masks[t]).to(noise.device)
+            action = agent.act(obs.to(noise.device), masks, step_noise if sample else None)
             self.actions[t] = action.cpu().numpy()
             step = envs.step(agent.to_env(self.actions[t]))
             self.obs[t + 1], self.rewards[t], self.terminated[t], self.truncated[t], infos = step
@@ -610,9 +609,9 @@ class Rollout:
             self.masks[t + 1] = infos.get("action_mask", True)
             if self.next_step:  # the reset ignores the action
                 self.masks[t + 1, self.terminated[t] | self.truncated[t]] = True
-            if "final_obs" in infos:
+            if self.truncated[t].any() and not self.next_step:
                 for n in np.flatnonzero(self.truncated[t] & ~self.terminated[t]):
-                    self.final_obs.append((t, n, infos["final_obs"][n]))
+                    self.final_obs.append((t, n, np.array(infos["final_obs"][n])))
             if self.lives is not None:
                 lives = infos["lives"]
                 if "final_info" in infos:  # `lives` are those of the next game
@@ -631,8 +630,7 @@ class Rollout:
             episodes.append((float(returns[t, n]), int(lengths[t, n])))
             returns[t:, n] -= returns[t, n]
             lengths[t:, n] -= lengths[t, n]
-        self.episode_return = returns[-1]
-        self.episode_length = lengths[-1]
+        self.episode_return, self.episode_length = returns[-1], lengths[-1]
         return episodes
 
 
@@ -640,16 +638,16 @@ def check_finite(iteration: int, **values: Any) -> None:
     """End the run before something that is not finite is saved."""
     for name, value in values.items():
         if len(where := np.argwhere(~np.isfinite(value))):
-            raise FloatingPointError(f"iteration {iteration}: {name} {where[0]} is not finite")
+            raise FloatingPointError(f"iteration {iteration}: {name}{where[0].tolist()} not finite")
 
 
 def process_rewards(agent: Agent, rollout: Rollout, args: Args) -> None:
-    """Turn the environment's rewards and ends into those to learn from, in place."""
+    """Replace rewards and terminations of the rollout by those to learn from."""
     if args.episodic_life:
         rollout.terminated |= rollout.life_lost
     if args.sign_reward and rollout.lives is not None:
         rollout.rewards = np.sign(rollout.rewards)
-    if args.norm_reward:  # by the std of the discounted return; signs stay (Engstrom et al. 2020)
+    if args.norm_reward:  # divided by a std, no mean is subtracted (Engstrom et al. 2020)
         not_done = ~(rollout.terminated | rollout.truncated)
         discounted_returns = np.zeros_like(rollout.rewards)
         for t, reward in enumerate(rollout.rewards):
@@ -667,7 +665,7 @@ def compute_advantages(
 ) -> Tensor:
     """Generalized advantage estimates (Schulman et al. 2016, eq. 16); all [T, N].
 
-    Each pass of the loop doubles the terms of A[t] = delta[t] + decay[t] * A[t + 1] in sums[t].
+    After each pass, sums[t] holds twice as many terms of A[t] = delta[t] + decay[t] * A[t + 1].
     """
     sums = rewards + gamma * next_values - values
     decay = gamma * lam * ~dones
@@ -682,6 +680,7 @@ def compute_advantages(
 @torch.no_grad()
 def evaluate_policy(agent: Agent, obs: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     """Distributions [n, D], and values [n] in units of the rewards, of observations [n, *O]."""
+    agent.eval()
     size = 256 if agent.image else 1024  # to save memory
     chunks = [agent(*chunk) for chunk in zip(obs.split(size), masks.split(size), strict=True)]
     dists, values = zip(*chunks, strict=True)
@@ -726,7 +725,7 @@ def make_batch(
     dists, values, advantages, targets = compute_targets(agent, rollout, args)
     loss_mask = torch.from_numpy(rollout.valid[:-1]).to(values).flatten()
     columns = torch.stack((advantages, values, targets, targets - values)).double()
-    means, stds = masked_mean_std(columns, loss_mask.expand(4, -1))
+    means, stds = masked_mean_std(columns, loss_mask.expand_as(columns))
     metrics = {
         "advantages/mean": means[0],
         "advantages/std": stds[0],
@@ -769,9 +768,9 @@ def make_batch(
 def ppo_loss(
     agent: Agent, batch: Batch, args: Args, coefs: Tensor, critic_only: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of one minibatch (PPO, eq. 9), and what is logged of it; all terms are [M] until then.
+    """Loss of one minibatch (PPO, eq. 9), and what is logged of it; all terms are [M].
 
-    `coefs` are those of entropy and KL(old, new). The product with `weights` [M] is a mean.
+    `coefs`: of entropy and KL(old, new). `x @ weights`: this process's share of the mean of x.
     """
     dist, values = agent(batch["obs"], batch["masks"])
     ent_coef, kl_coef = coefs
@@ -839,7 +838,6 @@ def update(
     minibatch_size = num_samples // args.num_minibatches
     history = []
     stop_policy = False
-    agent.train()
     for epoch in range(args.update_epochs + args.critic_epochs):
         critic_only = epoch >= args.update_epochs
         params = critic_params if critic_only else all_params
@@ -848,6 +846,7 @@ def update(
         if epoch > 0 and args.recompute_advantages:
             _, _, batch["advantages"], targets = compute_targets(agent, rollout, args)
             batch["targets"] = (targets - agent.value_norm.mean) / agent.value_norm.std
+        agent.train()
         order = torch.randperm(num_samples, device=coefs.device)
         samples = {key: x.index_select(0, order) for key, x in batch.items()}
         mask = samples["loss_mask"].view(-1, minibatch_size)
@@ -882,9 +881,11 @@ def load_checkpoint(run_dir: str) -> dict[str, Any]:
     try:
         if zipfile.ZipFile(path).testzip():
             raise ValueError("wrong checksum")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        flags = {field.name for field in fields(Args)} & checkpoint["args"].keys()
+        return checkpoint | {"args": {name: checkpoint["args"][name] for name in flags}}
     except Exception as error:
-        fail(f"{path} is missing (no checkpoint was saved: start the run anew) or damaged: {error}")
+        fail(f"cannot load {path}, so resume or evaluate another run, or start anew: {error}")
 
 
 def evaluate(args: Args, agent: Agent, envs: VectorEnv, seed: int, step: int) -> None:
@@ -902,8 +903,8 @@ def evaluate(args: Args, agent: Agent, envs: VectorEnv, seed: int, step: int) ->
 
 def train(
     args: Args, agent: Agent, reference: Agent | None, envs: VectorEnv, seed: int, checkpoint: dict
-) -> None:
-    """Iterations of rollout, targets and update; `checkpoint` is empty for a new run."""
+) -> int:
+    """Iterations of rollout, targets and update; the signal that stopped them, or 0."""
     named_params = [(name, p) for name, p in agent.named_parameters() if p.requires_grad]
     critic_params = [p for name, p in named_params if name.startswith("critic")]
     policy_params = [p for name, p in named_params if not name.startswith("critic")]
@@ -956,14 +957,14 @@ def train(
         coefs = torch.tensor([ent_coef, kl_coef], device=agent.value_norm.mean.device)
         warmup = iteration < args.critic_warmup_iterations
         num_epochs = args.update_epochs + args.critic_epochs
-        epochs = replace(args, update_epochs=0, critic_epochs=num_epochs) if warmup else args
+        update_args = replace(args, update_epochs=0, critic_epochs=num_epochs) if warmup else args
 
         # Rollout, targets, update
         episodes = rollout.collect(agent, envs)
         check_finite(iteration, rewards=rollout.rewards, observations=rollout.obs)
         process_rewards(agent, rollout, args)
         batch, metrics = make_batch(agent, reference, rollout, args)
-        metrics |= update(agent, optimizer, rollout, batch, epochs, coefs)
+        metrics |= update(agent, optimizer, rollout, batch, update_args, coefs)
         step += batch_size
         if args.kl_target is not None and not warmup:  # adaptive penalty (PPO, section 4)
             new_dists, _ = evaluate_policy(agent, batch["obs"], batch["masks"])
@@ -973,7 +974,7 @@ def train(
                 kl_coef = min(2 * kl_coef, 1e6)
             elif kl < args.kl_target / 1.5:
                 kl_coef = max(kl_coef / 2, 1e-6)
-        if agent.norm_obs:
+        if agent.norm_obs:  # last, for it changes the policy
             agent.obs_norm.update(batch["obs"][batch["loss_mask"] > 0])
 
         # Log
@@ -1014,10 +1015,9 @@ def train(
         writer.close()
         mean = f"mean return {np.mean(returns or [np.nan]):.2f} of {len(returns)} episodes"
         print(f"{args.run_dir}: {mean}, {scalars['charts/SPS']:.0f} SPS")
-        if stop:
+        if stop and iteration < num_iterations - 1:
             print(f"stopped; continue with: python {sys.argv[0]} --resume {args.run_dir}")
-    if stop:
-        raise SystemExit(128 + stop)
+    return stop
 
 
 def main() -> None:
@@ -1026,12 +1026,11 @@ def main() -> None:
         fail("write a switch as --flag or --no-flag, without True or False")
     args = tyro.cli(Args, description=__doc__)
     checkpoint = {}
-    if run_dir := args.resume or args.eval:
+    if run_dir := args.eval or args.resume:
         checkpoint = load_checkpoint(run_dir)
-        names = {field.name for field in fields(Args)} & checkpoint["args"].keys()
-        saved = {name: checkpoint["args"][name] for name in names} | {"run_dir": run_dir}
-        saved["capture_video"] &= not args.eval
-        args = tyro.cli(Args, description=__doc__, default=Args(**saved))
+        flags = Args(**checkpoint["args"] | {"run_dir": run_dir})
+        flags.capture_video &= not args.eval  # an evaluation records videos only if asked to
+        args = tyro.cli(Args, description=__doc__, default=flags)
     check_args(args)
     reference_checkpoint = {}
     if args.ref_checkpoint and not args.eval:
@@ -1067,12 +1066,13 @@ def main() -> None:
     if mask_shape not in (None, (total,), (first, 1 + total - first)):
         fail(f"the mask is {mask_shape}, must be {(total,)} or {(first, 1 + total - first)}")
     reference = None
+    if reference_checkpoint:
+        reference = Agent(replace(args, **reference_checkpoint["args"]), obs_space, action_space)
     try:
         if checkpoint:
             agent.load_state_dict(checkpoint["agent"])
-        if saved := reference_checkpoint:
-            reference = Agent(replace(args, **saved["args"]), obs_space, action_space).to(device)
-            reference.eval().load_state_dict(saved["agent"])
+        if reference:
+            reference.to(device).load_state_dict(reference_checkpoint["agent"])
     except RuntimeError as error:
         fail(f"the checkpoint is of another network: {error}")
     if WORLD_SIZE > 1:
@@ -1098,11 +1098,12 @@ def main() -> None:
     envs = make_envs(args, 1 if args.eval else args.num_envs // WORLD_SIZE, seed, video_dir)
     if args.eval:
         evaluate(args, agent, envs, seed, step)
-    else:
-        train(args, agent, reference, envs, seed, checkpoint)
+    stop = 0 if args.eval else train(args, agent, reference, envs, seed, checkpoint)
     envs.close()
     if WORLD_SIZE > 1:
         distributed.destroy_process_group()
+    if stop:
+        raise SystemExit(128 + stop)
 
 
 if __name__ == "__main__":
