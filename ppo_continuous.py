@@ -101,9 +101,7 @@ class Args:
     clip_coef: float | None = 0.2  # clip of the probability ratio; None: no clip
     dual_clip_coef: float | None = None  # bound of the ratio where the advantage is negative (> 1)
     kl_coef: float = 0.0  # beta of the penalty beta * KL(old, new); kl_target: its first value
-    kl_target: float | None = (
-        None  # KL that beta adapts to: doubles above 1.5 x, halves below / 1.5
-    )
+    kl_target: float | None = None  # KL that beta adapts to, by doubling and halving
     target_kl: float | None = None  # stop the policy's epochs once the approximate KL exceeds it
     ref_checkpoint: str | None = None  # run directory of a fixed reference policy
     ref_kl_coef: float = 0.0  # coefficient of KL(policy, reference)
@@ -152,6 +150,8 @@ def check_args(args: Args) -> None:
     """Refuse flags that would otherwise fail silently or in a confusing place."""
     if min(args.num_envs, args.num_steps, args.num_minibatches, args.update_epochs) < 1:
         fail("num_envs, num_steps, num_minibatches and update_epochs must be 1 or more")
+    if not isinstance(args.env_kwargs, dict):
+        fail(f"env_kwargs must be a JSON object, not {args.env_kwargs}")
     batch_size = args.num_envs * args.num_steps
     if args.total_timesteps < batch_size:
         fail(f"total_timesteps ({args.total_timesteps}) is less than one rollout ({batch_size})")
@@ -162,8 +162,8 @@ def check_args(args: Args) -> None:
         fail("norm_adv needs two or more samples in a minibatch")
     if args.ref_kl_coef and not args.ref_checkpoint:
         fail("ref_kl_coef needs ref_checkpoint")
-    if args.log_std_final is not None and args.std != "fixed":
-        fail(f"log_std_final needs std fixed, not {args.std}")
+    if args.log_std_final is not None and (args.std, args.distribution) != ("fixed", "gaussian"):
+        fail(f"log_std_final needs a gaussian with std fixed, not {args.distribution} {args.std}")
     if args.capture_video and args.vectorization in ("native", "envpool"):
         fail(f"capture_video needs vectorization sync or async, not {args.vectorization}")
 
@@ -203,7 +203,7 @@ def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
         env_kwargs["render_mode"] = "rgb_array"
     env = gym.make(args.env_id, **env_kwargs)
     if video_dir:
-        trigger = (lambda episode: True) if args.eval else None  # None: episodes 0, 1, 8, 27, ...
+        trigger = (lambda n: n < args.eval_episodes) if args.eval else None  # None: a few
         env = gym.wrappers.RecordVideo(env, str(video_dir), trigger)
     if is_atari(args.env_id):
         env = gym.wrappers.AtariPreprocessing(env)
@@ -232,15 +232,15 @@ class SyncEnvs(SyncVectorEnv):
                 if terminated[n] or truncated[n]:
                     final_obs[n] = np.array(obs)
                     obs, info = env.reset()
+                all_obs[n] = obs
             except Exception as error:
                 error.add_note(f"in environment {n} of process {RANK}")
                 raise
-            all_obs[n] = obs
             infos.append(info)
         keys = [key for key in self.info_keys if key in infos[0]]
         vector_infos = {key: np.array([info[key] for info in infos]) for key in keys}
         if terminated.any() or truncated.any():
-            final_info = {key: np.array([info[key] for info in final_infos]) for key in keys}
+            final_info = {"lives": np.array([info.get("lives") for info in final_infos])}
             vector_infos |= {"final_obs": final_obs, "final_info": final_info}
         return all_obs, rewards, terminated, truncated, vector_infos
 
@@ -689,8 +689,7 @@ def update(
     all_params = optimizer.param_groups[0]["params"] + critic_params
     num_samples = len(batch["obs"])
     minibatch_size = num_samples // args.num_minibatches
-    history = []
-    stop_policy = False
+    history, stop_policy = [], False
     for epoch in range(args.update_epochs + args.critic_epochs):
         critic_only = epoch >= args.update_epochs
         params = critic_params if critic_only else all_params
@@ -779,7 +778,7 @@ def train(
     returns = deque(checkpoint.get("returns", []), maxlen=100)  # of the last episodes
     kl_coef = args.kl_coef
     if args.kl_target is not None:
-        kl_coef = checkpoint.get("kl_coef", kl_coef) or 1.0
+        kl_coef = checkpoint.get("kl_coef") or kl_coef or 1.0
     stop_signal = 0
 
     def request_stop(signum: int, _: Any) -> None:
@@ -817,7 +816,8 @@ def train(
 
         # Rollout, targets, update
         episodes = rollout.collect(agent, envs)
-        check_finite(iteration, rewards=rollout.rewards, observations=rollout.obs)
+        check_finite(iteration, reward=rollout.rewards, observation=rollout.obs)
+        check_finite(iteration, final_observation=[obs for _, _, obs in rollout.final_obs])
         process_rewards(agent, rollout, args)
         batch, metrics = make_batch(agent, reference, rollout, args)
         metrics |= update(agent, optimizer, rollout, batch, update_args, coefs)
@@ -883,9 +883,9 @@ def main() -> None:
     checkpoint = {}
     if run_dir := args.eval or args.resume:
         checkpoint = load_checkpoint(run_dir)
-        flags = Args(**checkpoint["args"] | {"run_dir": run_dir})
+        flags = Args(**checkpoint["args"])
         flags.capture_video &= not args.eval  # an evaluation records videos only if asked to
-        args = tyro.cli(Args, description=__doc__, default=flags)
+        args = replace(tyro.cli(Args, description=__doc__, default=flags), run_dir=run_dir)
     check_args(args)
     reference_checkpoint = {}
     if args.ref_checkpoint and not args.eval:
@@ -941,7 +941,7 @@ def main() -> None:
     video_dir = None
     if RANK == 0:
         name = f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-        if Path(name).exists():  # of a run that started in the same second
+        while Path(name).exists():  # of a run that started in the same second
             name += f"_{os.getpid()}"
         args.run_dir = args.run_dir or name
         Path(args.run_dir).mkdir(parents=True, exist_ok=True)
@@ -950,7 +950,7 @@ def main() -> None:
         if args.capture_video:
             video_dir = Path(args.run_dir, "videos", f"step-{step}-{int(time.time())}")
         network = "Nature CNN" if agent.image else f"MLP of {obs_space.shape[0]} numbers"
-        print(f"{args.run_dir}: {device}, {network}, {action_space}")
+        print(f"{args.run_dir}: {device}, {network}, Box actions {action_space.shape}")
     envs = make_envs(args, 1 if args.eval else args.num_envs // WORLD_SIZE, seed, video_dir)
     if args.eval:
         evaluate(args, agent, envs, seed, step)

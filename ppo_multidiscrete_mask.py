@@ -97,9 +97,7 @@ class Args:
     clip_coef: float | None = 0.1  # clip of the probability ratio; None: no clip
     dual_clip_coef: float | None = None  # bound of the ratio where the advantage is negative (> 1)
     kl_coef: float = 0.0  # beta of the penalty beta * KL(old, new); kl_target: its first value
-    kl_target: float | None = (
-        None  # KL that beta adapts to: doubles above 1.5 x, halves below / 1.5
-    )
+    kl_target: float | None = None  # KL that beta adapts to, by doubling and halving
     target_kl: float | None = None  # stop the policy's epochs once the approximate KL exceeds it
     ref_checkpoint: str | None = None  # run directory of a fixed reference policy
     ref_kl_coef: float = 0.0  # coefficient of KL(policy, reference)
@@ -149,6 +147,8 @@ def check_args(args: Args) -> None:
     """Refuse flags that would otherwise fail silently or in a confusing place."""
     if min(args.num_envs, args.num_steps, args.num_minibatches, args.update_epochs) < 1:
         fail("num_envs, num_steps, num_minibatches and update_epochs must be 1 or more")
+    if not isinstance(args.env_kwargs, dict):
+        fail(f"env_kwargs must be a JSON object, not {args.env_kwargs}")
     batch_size = args.num_envs * args.num_steps
     if args.total_timesteps < batch_size:
         fail(f"total_timesteps ({args.total_timesteps}) is less than one rollout ({batch_size})")
@@ -198,7 +198,7 @@ def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
         env_kwargs["render_mode"] = "rgb_array"
     env = gym.make(args.env_id, **env_kwargs)
     if video_dir:
-        trigger = (lambda episode: True) if args.eval else None  # None: episodes 0, 1, 8, 27, ...
+        trigger = (lambda n: n < args.eval_episodes) if args.eval else None  # None: a few
         env = gym.wrappers.RecordVideo(env, str(video_dir), trigger)
     if is_atari(args.env_id):
         env = gym.wrappers.AtariPreprocessing(env)
@@ -340,15 +340,15 @@ class SyncEnvs(SyncVectorEnv):
                 if terminated[n] or truncated[n]:
                     final_obs[n] = np.array(obs)
                     obs, info = env.reset()
+                all_obs[n] = obs
             except Exception as error:
                 error.add_note(f"in environment {n} of process {RANK}")
                 raise
-            all_obs[n] = obs
             infos.append(info)
         keys = [key for key in self.info_keys if key in infos[0]]
         vector_infos = {key: np.array([info[key] for info in infos]) for key in keys}
         if terminated.any() or truncated.any():
-            final_info = {key: np.array([info[key] for info in final_infos]) for key in keys}
+            final_info = {"lives": np.array([info.get("lives") for info in final_infos])}
             vector_infos |= {"final_obs": final_obs, "final_info": final_info}
         return all_obs, rewards, terminated, truncated, vector_infos
 
@@ -836,8 +836,7 @@ def update(
     all_params = optimizer.param_groups[0]["params"] + critic_params
     num_samples = len(batch["obs"])
     minibatch_size = num_samples // args.num_minibatches
-    history = []
-    stop_policy = False
+    history, stop_policy = [], False
     for epoch in range(args.update_epochs + args.critic_epochs):
         critic_only = epoch >= args.update_epochs
         params = critic_params if critic_only else all_params
@@ -926,7 +925,7 @@ def train(
     returns = deque(checkpoint.get("returns", []), maxlen=100)  # of the last episodes
     kl_coef = args.kl_coef
     if args.kl_target is not None:
-        kl_coef = checkpoint.get("kl_coef", kl_coef) or 1.0
+        kl_coef = checkpoint.get("kl_coef") or kl_coef or 1.0
     stop_signal = 0
 
     def request_stop(signum: int, _: Any) -> None:
@@ -961,7 +960,8 @@ def train(
 
         # Rollout, targets, update
         episodes = rollout.collect(agent, envs)
-        check_finite(iteration, rewards=rollout.rewards, observations=rollout.obs)
+        check_finite(iteration, reward=rollout.rewards, observation=rollout.obs)
+        check_finite(iteration, final_observation=[obs for _, _, obs in rollout.final_obs])
         process_rewards(agent, rollout, args)
         batch, metrics = make_batch(agent, reference, rollout, args)
         metrics |= update(agent, optimizer, rollout, batch, update_args, coefs)
@@ -1028,9 +1028,9 @@ def main() -> None:
     checkpoint = {}
     if run_dir := args.eval or args.resume:
         checkpoint = load_checkpoint(run_dir)
-        flags = Args(**checkpoint["args"] | {"run_dir": run_dir})
+        flags = Args(**checkpoint["args"])
         flags.capture_video &= not args.eval  # an evaluation records videos only if asked to
-        args = tyro.cli(Args, description=__doc__, default=flags)
+        args = replace(tyro.cli(Args, description=__doc__, default=flags), run_dir=run_dir)
     check_args(args)
     reference_checkpoint = {}
     if args.ref_checkpoint and not args.eval:
@@ -1084,7 +1084,7 @@ def main() -> None:
     video_dir = None
     if RANK == 0:
         name = f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-        if Path(name).exists():  # of a run that started in the same second
+        while Path(name).exists():  # of a run that started in the same second
             name += f"_{os.getpid()}"
         args.run_dir = args.run_dir or name
         Path(args.run_dir).mkdir(parents=True, exist_ok=True)
@@ -1094,7 +1094,7 @@ def main() -> None:
             video_dir = Path(args.run_dir, "videos", f"step-{step}-{int(time.time())}")
         network = "CNN" if agent.image or agent.grid else f"MLP of {obs_space.shape[0]} numbers"
         masks = f"masks {mask_shape}" if mask_shape else "no masks from the environment"
-        print(f"{args.run_dir}: {device}, {network}, {action_space}, {masks}")
+        print(f"{args.run_dir}: {device}, {network}, heads {agent.nvec}, {masks}")
     envs = make_envs(args, 1 if args.eval else args.num_envs // WORLD_SIZE, seed, video_dir)
     if args.eval:
         evaluate(args, agent, envs, seed, step)

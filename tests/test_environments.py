@@ -207,26 +207,21 @@ def test_error_where_an_environment_is_made(
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises((ImportError, KeyError)) as caught:
         main("--env-id", f"{name}:{name}-v0", *TINY)
-    files = [Path(frame.filename).name for frame in traceback.extract_tb(caught.tb)]
-    assert f"{name}.py" in files
+    assert f"{name}.py" in "".join(traceback.format_exception(caught.value))
     assert not Path("run").exists()
 
 
-def test_error_in_a_worker(
-    main: Callable, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
-) -> None:
+def test_error_in_a_worker(main: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gymnasium warns with the worker's number and traceback."""
     monkeypatch.syspath_prepend(ENVS)
     flags = ["--num-envs", 1, "--vectorization", "async"]
-    with pytest.raises(RuntimeError):
+    with pytest.warns(UserWarning, match=r"faulty\.py"), pytest.raises(RuntimeError):
         main(*faulty(fault="raises", when=5, always=True), *flags)
-    err = capfd.readouterr().err
-    assert "faulty.py" in err
-    assert "go_wrong" in err
 
 
 def test_ctrl_c_reaches_workers_too(tmp_path: Path) -> None:
     """It goes to the whole group; the iteration is finished and workers say nothing."""
-    flags = [*faulty(when=20, pause=3, always=True), "--vectorization", "async"]
+    flags = [*faulty(when=20, pause=2, always=True), "--vectorization", "async", "--num-envs", "1"]
     environ = os.environ | {"PYTHONPATH": str(ENVS)}
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "ppo_discrete.py"), *flags],
@@ -245,7 +240,7 @@ def test_ctrl_c_reaches_workers_too(tmp_path: Path) -> None:
     assert process.returncode == 130, err
     assert "Traceback" not in err
     checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    assert checkpoint["step"] == 48  # the workers paused in step 20 of each
+    assert checkpoint["step"] == 24  # the worker paused in step 20
 
 
 # ---- Atari
@@ -275,30 +270,32 @@ class Game(gym.Env):
         return obs, float(len(self.actions)), last and self.end[0], last and self.end[1], info
 
 
-def test_fire_starts_a_game_and_every_life() -> None:
-    game = Game([3, 3, 3, 2, 2, 1, 1, 0])
-    env = ppo.FireReset(game)
-    obs, info = env.reset(seed=1)
-    assert (game.actions, info["lives"], obs[0, 0, 0]) == ([1], 3, 1)
-    rewards, ends = [], []
-    for _ in range(4):
-        obs, reward, terminated, truncated, info = env.step(2)
-        assert obs[0, 0, 0] == len(game.actions)
-        assert info["lives"] == game.lives[len(game.actions)]
-        rewards.append(reward)
-        ends.append((terminated, truncated))
-    assert game.actions == [1, 2, 2, 1, 2, 1, 2]
-    assert rewards == [2, 3 + 4, 5 + 6, 7]
-    assert ends == [(False, False)] * 3 + [(True, False)]
-    env.reset()
-    assert game.actions == [1]
-
-
 @pytest.mark.parametrize("end", [(True, False), (False, True)])
-def test_game_that_ends_while_fire_is_pressed(end: tuple[bool, bool]) -> None:
-    env = ppo.FireReset(Game([3, 3, 2, 2], end))
-    env.reset()
-    assert env.step(0)[1:4] == (2 + 3, *end)
+@pytest.mark.parametrize(
+    "lives, fires",
+    [([3, 3, 3, 2, 2, 1, 1, 0], 3), ([3, 3, 3, 2, 2], 2), ([0, 0, 0, 0, 0, 0], 1)],
+)
+def test_fire_starts_a_game_and_every_life(
+    lives: list[int], fires: int, end: tuple[bool, bool]
+) -> None:
+    """Its rewards and ends are not lost; the second game ends while it is pressed."""
+    game = Game(lives, end)
+    env = ppo.FireReset(game)
+    for _ in range(2):
+        obs, info = env.reset()
+        total, ends = sum(range(len(game.actions) + 1)), (False, False)
+        while not any(ends):
+            obs, reward, *ends, info = env.step(2)
+            total += reward
+            assert 1 in game.actions[:2]
+            assert obs[0, 0, 0] == len(game.actions)
+            assert info["lives"] == lives[len(game.actions)]
+        assert tuple(ends) == end
+        assert total == sum(range(len(lives)))
+        assert game.actions.count(1) == fires
+        for t in range(3, len(lives) - 1):
+            if lives[t] < lives[t - 1]:
+                assert game.actions[t] == 1
 
 
 @pytest.mark.parametrize("env_id", ["ALE/Pong-v5", "PongNoFrameskip-v4", "ale_py:ALE/Freeway-v5"])
@@ -309,7 +306,8 @@ def test_atari_is_preprocessed(env_id: str) -> None:
     envs = ppo.make_envs(make_args(env_id=env_id), 2, 43)
     assert ppo.is_atari(env_id)
     assert envs.single_observation_space == spaces.Box(0, 255, (4, 84, 84), np.uint8)
-    before, _ = envs.reset(seed=43)
+    envs.reset(seed=43)
+    before, *_ = envs.step(np.array([0, 0]))  # or the next, where FIRE is pressed
     frames = [env.unwrapped.ale.getFrameNumber() for env in envs.envs]
     after, *_ = envs.step(np.array([1, 2]))
     skipped = [env.unwrapped.ale.getFrameNumber() for env in envs.envs]
@@ -325,11 +323,15 @@ def test_atari_is_preprocessed(env_id: str) -> None:
 
 @pytest.mark.parametrize("mode", ["sync", "native"])
 def test_breakout_without_a_policy_that_fires(mode: str) -> None:
-    """Games go on to their end: five lost lives each, which end no episode."""
+    """Games go on to their end: five lost lives each, which end no episode.
+
+    Native environments press FIRE at the start alone: the policy has to.
+    """
     pytest.importorskip("ale_py")
     pytest.importorskip("cv2")
     player = Player(make_args(mode=mode, env_id="ALE/Breakout-v5", num_envs=2, num_steps=400))
-    player.agent.act = lambda obs, noise: torch.zeros(len(obs), dtype=torch.int64)
+    press = torch.eye(4)[0 if mode == "sync" else 1] * 3
+    player.agent.act = lambda obs, noise: (noise * (mode == "native") + press).argmax(-1)
     buffers, episodes = player.collect()
     assert len(episodes) >= 2
     lost = 5 * len(episodes) + np.sum(5 - player.rollout.lives)
@@ -351,4 +353,4 @@ def test_returns_of_atari_are_raw_and_signs_are_learned(mode: str) -> None:
     assert set(np.unique(buffers["rewards"])) == {0, 10}
     ppo.process_rewards(player.agent, player.rollout, player.args)
     np.testing.assert_array_equal(player.rollout.rewards, buffers["rewards"] / 10)
-    assert player.rollout.episode_return.max() >= 50
+    assert player.rollout.episode_return.max() > 10

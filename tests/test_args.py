@@ -1,0 +1,318 @@
+"""Command lines: what is accepted, what is refused before anything is written, what --help says."""
+
+import importlib.util
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium import spaces
+
+import ppo_continuous
+import ppo_discrete
+import ppo_multidiscrete_mask
+
+SCRIPTS = [ppo_discrete, ppo_continuous, ppo_multidiscrete_mask]
+TINY = "--num-envs 2 --num-steps 16 --num-minibatches 2 --update-epochs 1 --hidden-sizes 8"
+RUN = f"{TINY} --total-timesteps 32 --no-progress".split()
+
+
+def table(text: str) -> dict[str, Any]:
+    """{name: value} from words "name=value"."""
+    return eval(f"dict({','.join(text.split())})")
+
+
+CLEANRL = table("""
+exp_name='mine' seed=3 torch_deterministic=False cuda=False capture_video=True
+env_id='Acrobot-v1' total_timesteps=2048 learning_rate=1e-3 num_envs=8 num_steps=64
+anneal_lr=False gamma=0.98 gae_lambda=0.9 num_minibatches=2 update_epochs=3 norm_adv=False
+clip_coef=0.3 clip_vloss=False ent_coef=0.02 vf_coef=0.25 max_grad_norm=1.0 target_kl=0.02
+""")
+COMMON = table("""
+env_kwargs={} vectorization='sync' episodic_life=True sign_reward=True hidden_sizes=(64,64)
+activation='tanh' ortho_init=True shared_network=False clip_obs=10.0 clip_reward=10.0
+norm_value='none' norm_adv=True norm_adv_scope='minibatch' gamma=0.99 gae_lambda=0.95
+value_target='gae' recompute_advantages=False bootstrap_truncated=True clip_coef=0.2
+dual_clip_coef=None kl_coef=0.0 kl_target=None target_kl=None ref_checkpoint=None
+ref_kl_coef=0.0 vf_coef=0.5 clip_vloss=True vclip_coef=None value_loss='mse' critic_epochs=0
+critic_warmup_iterations=0 ent_coef_final=None actor_learning_rate=None
+critic_learning_rate=None anneal_lr=True adam_eps=1e-5 actor_adam_eps=None critic_adam_eps=None
+max_grad_norm=0.5 seed=1 torch_deterministic=True cuda=True capture_video=False compile=False
+progress=True run_dir=None resume=None eval=None eval_deterministic=True
+""")
+OWN = {
+    ppo_discrete: table("""
+env_id='CartPole-v1' total_timesteps=500_000 learning_rate=2.5e-4 num_envs=4 num_steps=128
+num_minibatches=4 update_epochs=4 ent_coef=0.01 norm_obs=False norm_reward=False
+"""),
+    ppo_continuous: table("""
+env_id='HalfCheetah-v5' total_timesteps=1_000_000 learning_rate=3e-4 num_envs=1 num_steps=2048
+num_minibatches=32 update_epochs=10 ent_coef=0.0 norm_obs=True norm_reward=True
+std='independent' log_std_init=0.0 log_std_final=None distribution='gaussian'
+"""),
+    ppo_multidiscrete_mask: table("""
+env_id='TaxiDispatch-v0' total_timesteps=2_000_000 learning_rate=2.5e-4 num_envs=8 num_steps=128
+num_minibatches=4 update_epochs=4 ent_coef=0.01 norm_obs=False norm_reward=False
+mask='conditional' clip_coef=0.1
+"""),
+}
+
+
+class Still(gym.Env):
+    """One observation for ever, under any spaces."""
+
+    def __init__(
+        self, obs: spaces.Space | None = None, actions: spaces.Space | None = None, **kwargs: Any
+    ) -> None:
+        self.observation_space = obs or spaces.Box(-1, 1, (3,))
+        self.action_space = actions or spaces.Discrete(2)
+        self.kwargs.append(kwargs)
+
+    kwargs: list[dict] = []
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
+        super().reset(seed=seed)
+        return np.zeros(3, np.float32), {}
+
+    def step(self, action: Any) -> tuple:
+        return np.zeros(3, np.float32), 1.0, False, False, {}
+
+
+def register(name: str, **kwargs: Any) -> None:
+    gym.register(name, Still, max_episode_steps=5, disable_env_checker=True, kwargs=kwargs)
+
+
+register("Still-v0")
+register("Sequence-v0", obs=spaces.Sequence(spaces.Box(-1, 1, (2,))))
+register("Graph-v0", obs=spaces.Graph(spaces.Box(-1, 1, (2,)), None))
+register("Multi-v0", actions=spaces.MultiDiscrete([2, 3]))
+register("Bits-v0", actions=spaces.MultiBinary(3))
+register("Numbers-v0", actions=spaces.Box(-1, 1, (2,)))
+register("Integers-v0", actions=spaces.Box(0, 5, (2,), np.int64))
+register("Endless-v0", actions=spaces.Box(-np.inf, np.inf, (2,)))
+register("Tuple-v0", actions=spaces.Tuple([spaces.Discrete(2)] * 2))
+
+
+@pytest.fixture
+def parse(main: Callable, monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """`parse(*flags)`: what `main` reads from the command line."""
+
+    def parse(*flags: Any, module: ModuleType = ppo_discrete) -> Any:
+        seen = []
+
+        def check_args(args: Any) -> None:
+            seen.append(args)
+            raise SystemExit(0)
+
+        monkeypatch.setattr(module, "check_args", check_args)
+        code, _, err = main(*flags, module=module)
+        assert code == 0, err
+        return seen[0]
+
+    return parse
+
+
+def refused(main: Callable, *flags: Any, module: ModuleType = ppo_discrete) -> str:
+    """The message of a command line that ends with code 2 and changes no file."""
+
+    def files() -> list[tuple]:
+        found = sorted(Path().rglob("*"))
+        return [(path, path.is_file() and path.read_bytes()) for path in found]
+
+    before = files()
+    code, out, err = main(*flags, module=module)
+    assert code == 2, (code, out, err)
+    assert out == ""
+    assert "Traceback" not in err
+    assert files() == before
+    return err
+
+
+# ---- what is accepted
+
+
+@pytest.mark.parametrize("module", SCRIPTS)
+def test_defaults(module: ModuleType) -> None:
+    """All flags of the design under their names, with the defaults of the scripts they follow."""
+    defaults = asdict(module.Args())
+    expected = COMMON | OWN[module] | {"exp_name": Path(module.__file__).stem}
+    settings = {"checkpoint_every", "eval_episodes", "torch_threads"}
+    assert {key: defaults[key] for key in defaults.keys() - settings} == expected
+    assert settings <= defaults.keys()
+
+
+@pytest.mark.parametrize("module", SCRIPTS)
+@pytest.mark.parametrize("separator", ["-", "_"])
+def test_cleanrl_command_line(parse: Callable, module: ModuleType, separator: str) -> None:
+    """All of its flags at once, spelt with hyphens or underscores."""
+    flags = []
+    for name, value in CLEANRL.items():
+        flags.append("--" + (f"no_{name}" if value is False else name).replace("_", separator))
+        flags += [] if isinstance(value, bool) else [value]
+    assert parse(*flags, module=module) == module.Args(**CLEANRL)
+
+
+@pytest.mark.parametrize("value", [True, False])
+@pytest.mark.parametrize("module", SCRIPTS)
+def test_switches(parse: Callable, module: ModuleType, value: bool) -> None:
+    """Every switch can be turned on and off, alone in one script and together in the others."""
+    names = [field.name for field in fields(module.Args) if isinstance(field.default, bool)]
+    prefix = "--" if value else "--no-"
+    flags = {name: prefix + name.replace("_", "-") for name in names}
+    assert len(flags) >= 15
+    assert parse(*flags.values(), module=module) == module.Args(**dict.fromkeys(flags, value))
+    if module is ppo_discrete:
+        for name, flag in flags.items():
+            assert parse(flag) == module.Args(**{name: value})
+
+
+@pytest.mark.parametrize("module", SCRIPTS)
+def test_none_switches_a_number_off(parse: Callable, module: ModuleType) -> None:
+    names = [field.name for field in fields(module.Args) if "| None" in str(field.type)]
+    assert {"clip_coef", "clip_obs", "max_grad_norm", "target_kl"} <= set(names)
+    flags = [word for name in names for word in (f"--{name}", "None")]
+    assert parse(*flags, module=module) == module.Args(**dict.fromkeys(names))
+
+
+def test_other_values(parse: Callable) -> None:
+    """Several numbers, `=`, the last of a repeated flag, and zero, which is not None."""
+    flags = "--hidden-sizes 32 16 --gamma 0.5 --gamma 0.75 --seed=7 --actor-learning-rate 0"
+    args = parse(*flags.split(), "--env-kwargs", '{"a": true, "b": [1, null]}')
+    assert args == ppo_discrete.Args(
+        hidden_sizes=(32, 16),
+        gamma=0.75,
+        seed=7,
+        actor_learning_rate=0.0,
+        env_kwargs={"a": True, "b": [1, None]},
+    )
+
+
+def test_env_kwargs_reach_the_environment(main: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And `module:Id` imports the module first."""
+    source = "import gymnasium, test_args\ngymnasium.register('Own-v3', test_args.Still)\n"
+    Path("own_module.py").write_text(source)
+    monkeypatch.syspath_prepend(Path.cwd())
+    monkeypatch.setattr(Still, "kwargs", [])
+    kwargs = {"word": "a b", "numbers": [1, 2.5]}
+    env_kwargs = ["--env-kwargs", json.dumps(kwargs)]
+    assert main(*RUN, "--run-dir", "r", "--env-id", "own_module:Own-v3", *env_kwargs)[0] == 0
+    assert len(Still.kwargs) >= 2
+    assert all(kwargs.items() <= given.items() for given in Still.kwargs)
+
+
+def test_copy_of_a_script(main: Callable, tmp_path: Path) -> None:
+    """It runs anywhere on disk, and its runs have its name."""
+    path = tmp_path / "else where" / "happy.py"
+    path.parent.mkdir()
+    shutil.copy(ppo_discrete.__file__, path)
+    spec = importlib.util.spec_from_file_location("happy", path)
+    happy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(happy)
+    assert main(*RUN, module=happy)[0] == 0
+    [run_dir] = Path("runs").iterdir()
+    assert re.fullmatch(r"CartPole-v1__happy__1__\d{10}", run_dir.name)
+
+
+# ---- what is refused
+
+WRONG = [
+    # What tyro finds
+    ("--nope 3", "nope"),
+    ("--gama 0.9", "--gamma"),
+    ("CartPole-v1", "CartPole-v1"),
+    ("--gamma", "--gamma"),
+    ("--gamma high", "high"),
+    ("--seed 1.5", "1.5"),
+    ("--activation swish", "swish"),
+    ("--norm-value yes", "popart"),
+    ("--vectorization threads", "envpool"),
+    ("--env-kwargs {", "env-kwargs"),
+    ("--env-kwargs gravity=3", "env-kwargs"),
+    # Switches
+    ("--anneal-lr False", "--no-"),
+    ("--no-anneal-lr True", "--no-"),
+    ("--anneal-lr=False", "False"),
+    # Sizes
+    ("--num-minibatches 3", "3"),
+    ("--num-envs 3 --num-steps 5", "5"),
+    ("--total-timesteps 511", "511"),
+    ("--num-envs 0", "num_envs"),
+    ("--update-epochs 0", "update_epochs"),
+    ("--num-envs 1 --num-steps 4", "norm_adv"),
+    ("--num-envs 2 --num-steps 16 --num-minibatches 32", "norm_adv"),
+    # Flags that need or exclude each other
+    ("--ref-kl-coef 0.1", "ref_checkpoint"),
+    ("--capture-video --vectorization native", "native"),
+    # Environments
+    ("--env-id Numbers-v0", "ppo_continuous.py"),
+    ("--env-id Multi-v0", "ppo_multidiscrete_mask.py"),
+    ("--env-id Bits-v0", "MultiBinary"),
+    ("--env-id Tuple-v0", "Tuple"),
+    ("--env-id Sequence-v0", "Sequence"),
+    ("--env-id Graph-v0", "Graph"),
+    # Directories
+    ("--resume missing", "missing"),
+    ("--eval missing", "missing"),
+    ("--ref-checkpoint missing", "missing"),
+]
+
+
+@pytest.mark.parametrize("flags, word", WRONG, ids=lambda x: x.replace(" ", "_"))
+def test_refused(main: Callable, flags: str, word: str) -> None:
+    assert word in refused(main, *flags.split())
+
+
+@pytest.mark.parametrize(
+    "module, flags, word",
+    [
+        (ppo_continuous, "--env-id CartPole-v1", "ppo_discrete.py"),
+        (ppo_continuous, "--env-id Multi-v0", "ppo_multidiscrete_mask.py"),
+        (ppo_continuous, "--env-id Integers-v0", "int64"),
+        (ppo_continuous, "--env-id Endless-v0 --distribution beta", "beta"),
+        (ppo_continuous, "--env-id Sequence-v0", "Discrete"),
+        (ppo_continuous, "--log-std-final -1", "independent"),
+        (ppo_continuous, "--num-steps 32 --total-timesteps 64", "norm_adv"),
+        (ppo_continuous, "--distribution beta --std fixed --log-std-final -1", "log_std_final"),
+        (ppo_multidiscrete_mask, "--env-id Numbers-v0", "ppo_continuous.py"),
+        (ppo_multidiscrete_mask, "--mask some", "conditional"),
+        (ppo_multidiscrete_mask, "--env-id Sequence-v0", "Sequence"),
+    ],
+)
+def test_refused_by_the_other_scripts(
+    main: Callable, module: ModuleType, flags: str, word: str
+) -> None:
+    assert word in refused(main, *flags.split(), module=module)
+
+
+@pytest.mark.parametrize("kwargs", ["[1, 2]", "3", "null"])
+def test_env_kwargs_must_be_an_object(main: Callable, kwargs: str) -> None:
+    assert "env" in refused(main, "--env-kwargs", kwargs)
+
+
+# ---- help
+
+
+@pytest.mark.parametrize("module", SCRIPTS)
+def test_help(main: Callable, module: ModuleType) -> None:
+    """Every flag with the comment on its line, and the commands of the module's docstring."""
+    code, out, err = main("--help", module=module)
+    assert (code, err) == (0, "")
+    plain = re.sub(r"\W", "", out)
+    source = Path(module.__file__).read_text()
+    body = source.split("class Args:\n", 1)[1].split("\n\n", 1)[0]
+    for field in fields(module.Args):
+        flag = "--" + field.name.replace("_", "-")
+        assert re.search(rf"{flag}\b", out), flag
+        line = re.search(rf"^    {field.name}: .*  # (\w.*)$", body, re.M)
+        assert line, f"{field.name} has no comment"
+        assert re.sub(r"\W", "", line[1]) in plain, field.name
+    for command in re.findall(r"^    (\w+ .*?)  ", module.__doc__, re.M):
+        assert command in out
+    assert list(Path.cwd().iterdir()) == []
