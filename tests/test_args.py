@@ -1,11 +1,10 @@
 """Command lines: what is accepted, what is refused before anything is written, what --help says."""
 
 import importlib.util
-import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,34 +34,6 @@ env_id='Acrobot-v1' total_timesteps=2048 learning_rate=1e-3 num_envs=8 num_steps
 anneal_lr=False gamma=0.98 gae_lambda=0.9 num_minibatches=2 update_epochs=3 norm_adv=False
 clip_coef=0.3 clip_vloss=False ent_coef=0.02 vf_coef=0.25 max_grad_norm=1.0 target_kl=0.02
 """)
-COMMON = table("""
-env_kwargs={} vectorization='sync' episodic_life=True sign_reward=True hidden_sizes=(64,64)
-activation='tanh' ortho_init=True shared_network=False clip_obs=10.0 clip_reward=10.0
-norm_value='none' norm_adv=True norm_adv_scope='minibatch' gamma=0.99 gae_lambda=0.95
-value_target='gae' recompute_advantages=False bootstrap_truncated=True clip_coef=0.2
-dual_clip_coef=None kl_coef=0.0 kl_target=None target_kl=None ref_checkpoint=None
-ref_kl_coef=0.0 vf_coef=0.5 clip_vloss=True vclip_coef=None value_loss='mse' critic_epochs=0
-critic_warmup_iterations=0 ent_coef_final=None actor_learning_rate=None
-critic_learning_rate=None anneal_lr=True adam_eps=1e-5 actor_adam_eps=None critic_adam_eps=None
-max_grad_norm=0.5 seed=1 torch_deterministic=True cuda=True capture_video=False compile=False
-progress=True run_dir=None resume=None eval=None eval_deterministic=True
-""")
-OWN = {
-    ppo_discrete: table("""
-env_id='CartPole-v1' total_timesteps=500_000 learning_rate=2.5e-4 num_envs=4 num_steps=128
-num_minibatches=4 update_epochs=4 ent_coef=0.01 norm_obs=False norm_reward=False
-"""),
-    ppo_continuous: table("""
-env_id='HalfCheetah-v5' total_timesteps=1_000_000 learning_rate=3e-4 num_envs=1 num_steps=2048
-num_minibatches=32 update_epochs=10 ent_coef=0.0 norm_obs=True norm_reward=True
-std='independent' log_std_init=0.0 log_std_final=None distribution='gaussian'
-"""),
-    ppo_multidiscrete_mask: table("""
-env_id='TaxiDispatch-v0' total_timesteps=2_000_000 learning_rate=2.5e-4 num_envs=8 num_steps=128
-num_minibatches=4 update_epochs=4 ent_coef=0.01 norm_obs=False norm_reward=False
-mask='conditional' clip_coef=0.1
-"""),
-}
 
 
 class Still(gym.Env):
@@ -139,16 +110,6 @@ def refused(main: Callable, *flags: Any, module: ModuleType = ppo_discrete) -> s
 
 
 @pytest.mark.parametrize("module", SCRIPTS)
-def test_defaults(module: ModuleType) -> None:
-    """All flags of the design under their names, with the defaults of the scripts they follow."""
-    defaults = asdict(module.Args())
-    expected = COMMON | OWN[module] | {"exp_name": Path(module.__file__).stem}
-    settings = {"checkpoint_every", "eval_episodes", "torch_threads"}
-    assert {key: defaults[key] for key in defaults.keys() - settings} == expected
-    assert settings <= defaults.keys()
-
-
-@pytest.mark.parametrize("module", SCRIPTS)
 @pytest.mark.parametrize("separator", ["-", "_"])
 def test_cleanrl_command_line(parse: Callable, module: ModuleType, separator: str) -> None:
     """All of its flags at once, spelt with hyphens or underscores."""
@@ -192,19 +153,6 @@ def test_other_values(parse: Callable) -> None:
         actor_learning_rate=0.0,
         env_kwargs={"a": True, "b": [1, None]},
     )
-
-
-def test_env_kwargs_reach_the_environment(main: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And `module:Id` imports the module first."""
-    source = "import gymnasium, test_args\ngymnasium.register('Own-v3', test_args.Still)\n"
-    Path("own_module.py").write_text(source)
-    monkeypatch.syspath_prepend(Path.cwd())
-    monkeypatch.setattr(Still, "kwargs", [])
-    kwargs = {"word": "a b", "numbers": [1, 2.5]}
-    env_kwargs = ["--env-kwargs", json.dumps(kwargs)]
-    assert main(*RUN, "--run-dir", "r", "--env-id", "own_module:Own-v3", *env_kwargs)[0] == 0
-    assert len(Still.kwargs) >= 2
-    assert all(kwargs.items() <= given.items() for given in Still.kwargs)
 
 
 def test_copy_of_a_script(main: Callable, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import shutil
 import signal
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -282,30 +281,6 @@ def test_evaluation(train: Callable) -> None:
     assert scalars()["losses/value_loss"] == curve
 
 
-def test_videos(train: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some of training, all of an evaluation; earlier ones are kept, and none is made unasked."""
-    pytest.importorskip("moviepy")
-    now = [1.7e9]
-    monkeypatch.setattr(ppo_discrete.time, "time", lambda: now[0])
-
-    def videos() -> dict[Path, int]:
-        return {path: path.stat().st_size for path in Path("r").rglob("*.mp4")}
-
-    train(f"{FLAGS} --capture-video --total-timesteps 64")
-    made = [videos()]
-    assert {path.name for path in made[0]} == {"rl-video-episode-0.mp4", "rl-video-episode-1.mp4"}
-    assert all(path.is_relative_to("r/videos") for path in made[0])
-    train("--eval r --eval-episodes 1")
-    assert videos() == made[0]
-    for _ in range(2):
-        now[0] += 1
-        train("--eval r --eval-episodes 2 --capture-video")
-        made.append(videos())
-    for earlier, later in pairwise(made):
-        assert earlier.items() <= later.items()
-        assert len(later) >= len(earlier) + 2
-
-
 # ---- what is refused
 
 
@@ -405,24 +380,3 @@ def test_checkpoint_of_an_edited_script(train: Callable, copied: Path, change: d
 
 
 # ---- reference policy
-
-
-def test_reference_policy(main: Callable, train: Callable) -> None:
-    """It pulls the policy to it, stays as it is, and may have a network of another shape."""
-    flags = f"{FLAGS} --learning-rate 0.01 --total-timesteps 1024"
-    train(f"{flags} --run-dir ref --seed 2 --hidden-sizes 8 --norm-obs")
-    before = Path("ref/checkpoint.pt").read_bytes()
-    logged = {}
-    for coef in (0, 10):
-        train(f"{flags} --run-dir r{coef} --ref-checkpoint ref --ref-kl-coef {coef}")
-        logged[coef] = [value for _, value in scalars(f"r{coef}")["losses/ref_kl"]]
-    assert min(logged[0]) > 0
-    assert np.mean(logged[10][-8:]) < 0.3 * np.mean(logged[0][-8:])
-    assert Path("ref/checkpoint.pt").read_bytes() == before
-    train("--resume r10 --total-timesteps 1056")
-    assert checkpoint("r10")["args"]["ref_checkpoint"] == "ref"
-    shutil.rmtree("ref")
-    train("--eval r10 --eval-episodes 1")
-    assert "ref" in refused(main, *"--resume r10 --total-timesteps 2048".split())
-    train("--resume r10 --total-timesteps 1088 --ref-checkpoint None --ref-kl-coef 0")
-    assert checkpoint("r10")["step"] == 1088

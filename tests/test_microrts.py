@@ -8,7 +8,6 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
-from gymnasium.utils.env_checker import check_env
 
 NEEDED = [importlib.util.find_spec("jpype"), importlib.util.find_spec("gym_microrts")]
 if not all([*NEEDED, shutil.which("java")]):
@@ -103,34 +102,3 @@ def test_our_pile_brings_40(size: int) -> None:
     assert total == 40
     assert not observation[: size // 2, : size // 2, RESOURCE].any()
     assert observation[..., RESOURCE].any()  # the opponent's
-
-
-@SIZES
-def test_like_the_games_own_client(size: int) -> None:
-    """Frame by frame through JNIGridnetClient: the same observations, rewards and masks."""
-    import jpype
-
-    env, rng = game(size), np.random.default_rng(size)
-    client = make(size).client
-    nothing = jpype.JArray(jpype.JInt, 2)([[0] * 8])[0:0]
-    info = env.reset()[1]
-    client.reset(0)
-    for i in range(100):
-        action = draw(info["action_mask"], rng) if i % 5 else env.action_space.sample()
-        _, reward, _, _, info = env.step(action)
-        response = client.gameStep(jpype.JArray(jpype.JInt, 2)([action.tolist()]), 0)
-        rewards = [response.reward[0]]
-        rewards += [client.gameStep(nothing, 0).reward[0] for _ in range(9)]
-        raw = np.array(response.observation)
-        assert (raw == np.array(env.game.getMatrixObservation(0))).all()
-        assert reward == sum(rewards)
-        idle = np.array(client.getMasks(0))[..., 0].ravel().astype(bool)
-        if idle.any():
-            assert (info["action_mask"][:, 0] == idle).all()
-
-
-def test_checker() -> None:
-    env = gym.make("tests.envs.microrts:MicroRTSMining4x4-v0", render_mode="rgb_array")
-    check_env(env.unwrapped)
-    env.reset()
-    assert len(np.unique(env.render().reshape(-1, 3), axis=0)) > 4

@@ -219,26 +219,6 @@ def test_scalars(train: Callable, module: ModuleType) -> None:
         assert set(curve("policy/invalid_fraction")) == {0.0}
 
 
-def test_episodes(train: Callable) -> None:
-    """Every episode counts once, in its iteration, with its own rewards; the last 100 count."""
-    out = train("--norm-reward --total-timesteps 2560")
-    scalars = read_scalars("r")
-    lengths = [length for _, length in Counted.episodes]
-    assert len(lengths) > 120
-    for i in range(80):
-        last = STEPS * (i + 1)
-        ended = [n for steps, n in Counted.episodes if last - STEPS < steps <= last]
-        if ended:
-            expected = {"episodic_return": 2 * np.mean(ended), "episodic_length": np.mean(ended)}
-            so_far = [n for steps, n in Counted.episodes if steps <= last]
-            expected["return_100"] = 2 * np.mean(so_far[-100:])
-        for name, value in expected.items():
-            points = dict(scalars[f"charts/{name}"])
-            assert (last in points) == bool(ended)
-            assert not ended or points[last] == pytest.approx(value)
-    assert f"{2 * np.mean(lengths[-100:]):.2f} of 100 " in out.splitlines()[-1]
-
-
 def test_hparams_and_layout(train: Callable) -> None:
     """All flags with the return as a metric; charts that belong together on one board."""
     train("--clip-coef None --hidden-sizes 8 4")

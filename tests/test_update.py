@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import read_scalars
-from torch import Tensor, nn
+from torch import nn
 from torch.distributions import Categorical, kl_divergence
 
 import ppo_continuous
@@ -292,31 +292,6 @@ def test_critic_warmup(module: ModuleType, shared: bool, iterations: Callable) -
         assert changed == {"critic"} if i < 2 else changed >= {"actor", "critic"}
         assert len(it.moves) == 12
     assert [it.coefs[1] for it in seen] == [4, 4, 4, 2]
-
-
-def test_layers_of_a_user(iterations: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second critic learns with the critic; unused and frozen layers stay, and disturb nobody."""
-
-    class Edited(ppo_discrete.Agent):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
-            self.unused = nn.Linear(2, 2)
-            self.frozen = nn.Linear(2, 2).requires_grad_(False)
-            self.critic2 = nn.Linear(4, 1)
-
-        def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-            dist, values = super().forward(obs)
-            return dist, values + self.critic2(obs).squeeze(-1)
-
-    monkeypatch.setattr(ppo_discrete, "Agent", Edited)
-    seen = iterations("--critic-warmup-iterations 1 --critic-epochs 1")
-    for i, it in enumerate(seen):
-        assert it.moves[0] == pytest.approx((0, 0), abs=1e-4)
-        expected = {"critic", "critic2"} | ({"actor"} if i else set())
-        assert parts_that_differ(it.before, it.after) == expected
-        assert {name.split(".")[0] for name in it.groups[0]} == {"actor", "unused"}
-    seen = iterations(f"--resume run0 --run-dir run0 --total-timesteps {8 * B}")
-    assert parts_that_differ(seen[0].before, seen[-1].after) == {"actor", "critic", "critic2"}
 
 
 BOTH_RATES = "--learning-rate 1 --actor-learning-rate 1e-2 --critic-learning-rate 1e-3"
