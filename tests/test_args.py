@@ -1,8 +1,6 @@
 """Command lines: what is accepted, what is refused before anything is written, what --help says."""
 
-import importlib.util
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -153,19 +151,6 @@ def test_other_values(parse: Callable) -> None:
         actor_learning_rate=0.0,
         env_kwargs={"a": True, "b": [1, None]},
     )
-
-
-def test_copy_of_a_script(main: Callable, tmp_path: Path) -> None:
-    """It runs anywhere on disk, and its runs have its name."""
-    path = tmp_path / "else where" / "happy.py"
-    path.parent.mkdir()
-    shutil.copy(ppo_discrete.__file__, path)
-    spec = importlib.util.spec_from_file_location("happy", path)
-    happy = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(happy)
-    assert main(*RUN, module=happy)[0] == 0
-    [run_dir] = Path("runs").iterdir()
-    assert re.fullmatch(r"CartPole-v1__happy__1__\d{10}", run_dir.name)
 
 
 # ---- what is refused
