@@ -859,7 +859,7 @@ def update(
             minibatch = {k: x[start : start + minibatch_size] for k, x in samples.items()}
             loss, metrics = loss_function(agent, minibatch, args, coefs, critic_only)
             optimizer.zero_grad()
-            loss.backward(inputs=params)
+            loss.backward(inputs=params if critic_only else None)
             if WORLD_SIZE > 1:  # sum the gradients of all processes, in one message
                 grads = [p.grad for p in params if p.grad is not None]
                 nn.utils.vector_to_parameters(all_sum(nn.utils.parameters_to_vector(grads)), grads)
