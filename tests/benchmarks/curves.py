@@ -62,7 +62,7 @@ def draw() -> None:
     for row in csv.DictReader((RESULTS / "curves.csv").open()):
         point = (float(row["step"]), float(row["return_100"]))
         curves.setdefault(row["task"], {}).setdefault(row["run"], []).append(point)
-    columns = 4
+    columns = min(4, len(curves))
     rows = -(-len(curves) // columns)
     figure, panels = plt.subplots(
         rows, columns, figsize=(3 * columns, 2.4 * rows), layout="constrained", squeeze=False
@@ -79,7 +79,7 @@ def draw() -> None:
         panel.tick_params(labelsize=8)
         panel.grid(alpha=0.3)
     figure.supxlabel("environment steps", fontsize=9)
-    figure.supylabel("mean return of the last 100 episodes", fontsize=9)
+    figure.supylabel("mean return", fontsize=9)
     plt.savefig(RESULTS / "curves.png", dpi=110)
 
 
