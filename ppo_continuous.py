@@ -22,7 +22,7 @@ import time
 import zipfile
 from collections import deque
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -34,7 +34,6 @@ import torch.nn.functional as F
 import tyro
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
-from gymnasium.vector.utils import batch_space
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor, distributed, nn
 from torch.distributions import Beta, Normal, kl_divergence
@@ -134,7 +133,7 @@ BOARD = {  # charts of TensorBoard's Custom Scalars tab
     "KL": ["Multiline", ["^losses/.*kl$"]],
     "clip fractions": ["Multiline", ["^losses/.*clipfrac$"]],
 }
-HPARAM_METRICS = ("charts/return_100", "charts/episodic_return", "eval/episodic_return")
+compile_once = cache(partial(torch.compile, options={"cpp_wrapper": True}))
 RANK = int(os.environ.get("RANK", 0))  # RANK and WORLD_SIZE are set by torchrun
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU, "gelu": nn.GELU, "silu": nn.SiLU}
@@ -168,9 +167,10 @@ def check_args(args: Args) -> None:
         fail(f"capture_video needs vectorization sync or async, not {args.vectorization}")
 
 
-def is_image(space: spaces.Space) -> bool:
-    """Whether observations are images for the Nature CNN: uint8, 3-D and at least 36 x 36."""
-    return space.dtype == np.uint8 and len(space.shape) == 3 and sorted(space.shape)[1] >= 36
+def is_flat(space: spaces.Space) -> bool:
+    """Whether observations are vectors, or images for the Nature CNN: uint8, 36 x 36 or more."""
+    image = len(space.shape or ()) == 3 and space.dtype == np.uint8 and sorted(space.shape)[1] >= 36
+    return image or (isinstance(space, spaces.Box) and len(space.shape) == 1)
 
 
 def is_atari(env_id: str) -> bool:
@@ -199,9 +199,8 @@ def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
     if is_atari(args.env_id):
         importlib.import_module("ale_py")  # pip install ale-py opencv-python-headless
         env_kwargs["frameskip"] = 1  # AtariPreprocessing skips frames
-    if video_dir:
-        env_kwargs["render_mode"] = "rgb_array"
-    env = gym.make(args.env_id, **env_kwargs)
+    render_mode = {"render_mode": "rgb_array"} if video_dir else {}
+    env = gym.make(args.env_id, **env_kwargs | render_mode)
     if video_dir:
         trigger = (lambda n: n < args.eval_episodes) if args.eval else None  # None: a few
         env = gym.wrappers.RecordVideo(env, str(video_dir), trigger)
@@ -210,38 +209,34 @@ def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
         if env.unwrapped.get_action_meanings()[1] == "FIRE":
             env = FireReset(env)
         return gym.wrappers.FrameStackObservation(env, 4)
-    return env if is_image(env.observation_space) else gym.wrappers.FlattenObservation(env)
+    return env if is_flat(env.observation_space) else gym.wrappers.FlattenObservation(env)
 
 
 class SyncEnvs(SyncVectorEnv):
     """Gymnasium's environments that are stepped one after the other, with a faster step."""
 
-    info_keys = ("lives",)  # infos that training reads
-
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, ...]:
         """Step every environment; one that ends is reset in the same step."""
-        space = self.single_observation_space
-        all_obs = np.zeros((self.num_envs, *space.shape), space.dtype)
+        all_obs = np.zeros(self.observation_space.shape, self.observation_space.dtype)
         rewards = np.zeros(self.num_envs)
         terminated, truncated = np.zeros((2, self.num_envs), bool)
-        infos, final_infos, final_obs = [], [], [None] * self.num_envs
+        infos, final_infos, final_obs = [], {}, [None] * self.num_envs
         for n, env in enumerate(self.envs):
             try:
                 obs, rewards[n], terminated[n], truncated[n], info = env.step(actions[n])
-                final_infos.append(info)
                 if terminated[n] or truncated[n]:
-                    final_obs[n] = np.array(obs)
+                    final_obs[n], final_infos[n] = np.array(obs), info
                     obs, info = env.reset()
                 all_obs[n] = obs
             except Exception as error:
                 error.add_note(f"in environment {n} of process {RANK}")
                 raise
             infos.append(info)
-        keys = [key for key in self.info_keys if key in infos[0]]
+        keys = {"lives"} & infos[0].keys()  # infos that training reads
         vector_infos = {key: np.array([info[key] for info in infos]) for key in keys}
-        if terminated.any() or truncated.any():
-            final_info = {"lives": np.array([info.get("lives") for info in final_infos])}
-            vector_infos |= {"final_obs": final_obs, "final_info": final_info}
+        if final_infos:
+            lives = [final_infos.get(n, info).get("lives") for n, info in enumerate(infos)]
+            vector_infos |= {"final_obs": final_obs, "final_info": {"lives": np.array(lives)}}
         return all_obs, rewards, terminated, truncated, vector_infos
 
 
@@ -265,10 +260,10 @@ def make_envs(args: Args, num_envs: int, seed: int, video_dir: Path | None = Non
     if mode not in (AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP):
         fail(f"{args.env_id} has autoreset_mode {mode}, must be SAME_STEP or NEXT_STEP")
     space = envs.single_observation_space
-    if isinstance(space, spaces.Box) and (len(space.shape) == 1 or is_image(space)):
+    if is_flat(space):
         return envs
     envs = gym.vector.VectorWrapper(envs)
-    envs.observation_space = batch_space(space, num_envs)  # envpool has the single space there
+    envs.observation_space = gym.vector.utils.batch_space(space, num_envs)  # not so in envpool
     return gym.wrappers.vector.FlattenObservation(envs)
 
 
@@ -298,7 +293,7 @@ class RunningMeanStd(nn.Module):
         self.register_buffer("mean", torch.zeros(shape))
         self.register_buffer("std", torch.ones(shape))
 
-    def update(self, samples: Tensor) -> None:
+    def add(self, samples: Tensor) -> None:
         """Merge samples [n, *shape] in float64 (Chan et al. 1979); m2 sums squared deviations."""
         samples = samples.to(self.m2)
         n = all_sum(torch.full_like(self.count, len(samples)))
@@ -471,23 +466,21 @@ class Rollout:
         agent.eval()
         noise = agent.noise.sample(self.rewards.shape).to(agent.value_norm.mean.device)
         self.obs[0], self.valid[0] = self.obs[-1], self.valid[-1]
-        self.final_obs = []  # (t, n, observation) of truncated episodes, for SAME_STEP
+        self.final_obs = []  # (t, n, observation) of truncated episodes
         for t, (obs, step_noise) in enumerate(zip(torch.from_numpy(self.obs), noise, strict=False)):
             action = agent.act(obs.to(noise.device), step_noise if sample else None)
             self.actions[t] = action.cpu().numpy()
             step = envs.step(agent.to_env(self.actions[t]))
             self.obs[t + 1], self.rewards[t], self.terminated[t], self.truncated[t], infos = step
-            if self.truncated[t].any() and not self.next_step:
+            if "final_obs" in infos:  # SAME_STEP
                 for n in np.flatnonzero(self.truncated[t] & ~self.terminated[t]):
                     self.final_obs.append((t, n, np.array(infos["final_obs"][n])))
             if self.lives is not None:
-                lives = infos["lives"]
-                if "final_info" in infos:  # `lives` are those of the next game
-                    dones = self.terminated[t] | self.truncated[t]
-                    lives = np.where(dones, infos["final_info"]["lives"], lives)
+                final_lives = infos.get("final_info", infos)["lives"]  # `lives`: of the next game
+                dones = self.terminated[t] | self.truncated[t]
+                lives = np.where(dones, final_lives, infos["lives"])
                 self.life_lost[t] = lives < self.lives
                 self.lives = infos["lives"].copy()
-
         dones = self.terminated | self.truncated
         if self.next_step:
             self.valid[1:] = ~dones
@@ -521,7 +514,7 @@ def process_rewards(agent: Agent, rollout: Rollout, args: Args) -> None:
         for t, reward in enumerate(rollout.rewards):
             discounted_returns[t] = reward + args.gamma * rollout.discounted_return
             rollout.discounted_return = discounted_returns[t] * not_done[t]
-        agent.reward_norm.update(torch.from_numpy(discounted_returns[rollout.valid[:-1]]))
+        agent.reward_norm.add(torch.from_numpy(discounted_returns[rollout.valid[:-1]]))
         limit = np.inf if args.clip_reward is None else args.clip_reward
         rollout.rewards = (rollout.rewards / agent.reward_norm.std.item()).clip(-limit, limit)
     if not args.bootstrap_truncated:
@@ -596,7 +589,7 @@ def make_batch(
     old_mean, old_std = norm.mean.clone(), norm.std.clone()
     old_outputs = (values - old_mean) / old_std
     if args.norm_value != "none":
-        norm.update(targets[loss_mask > 0])
+        norm.add(targets[loss_mask > 0])
     if args.norm_value == "popart":  # van Hasselt et al. 2016, eq. 9: no value changes
         head = agent.critic[-1]
         head.weight.mul_(old_std / norm.std)
@@ -621,11 +614,8 @@ def make_batch(
 
 def ppo_loss(
     agent: Agent, batch: Batch, args: Args, coefs: Tensor, critic_only: bool
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of one minibatch (PPO, eq. 9), and what is logged of it; all terms are [M].
-
-    `coefs`: of entropy and KL(old, new). `x @ weights`: this process's share of the mean of x.
-    """
+) -> tuple[Tensor, Batch]:
+    """Loss of one minibatch (PPO, eq. 9), and what is logged of it; all terms are [M]."""
     dist, values = agent(batch["obs"])
     ent_coef, kl_coef = coefs
     # Policy loss (PPO, eq. 7), with the dual clip of Ye et al. 2020, eq. 3
@@ -633,22 +623,24 @@ def ppo_loss(
     negative_advantages = -batch["advantages"]
     logratio = agent.log_prob(dist, batch["actions"]) - batch["logprobs"]
     ratio = logratio.exp()
-    clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
-    policy_loss = torch.max(negative_advantages * ratio, negative_advantages * clipped_ratio)
+    policy_loss = negative_advantages * ratio
+    clipped_ratio = ratio.detach().clamp(1 - clip_coef, 1 + clip_coef)
+    clipped_loss = negative_advantages * clipped_ratio
+    # torch.max of both; where the clipped one is larger it is constant
+    policy_loss = torch.where(clipped_loss > policy_loss, clipped_loss, policy_loss)
     if args.dual_clip_coef is not None:
         bounded_loss = torch.min(policy_loss, negative_advantages * args.dual_clip_coef)
         policy_loss = torch.where(negative_advantages > 0, bounded_loss, policy_loss)
-
     # Value loss, clipped around the old value as in PPO2 (Huang et al. 2022, detail 9)
     vclip_coef = clip_coef if args.vclip_coef is None else args.vclip_coef
     delta = 1.0 if args.value_loss == "huber" else torch.inf  # inf: half the squared error
     value_error = partial(F.huber_loss, target=batch["targets"], reduction="none", delta=delta)
-    value_change = values - batch["values"]
     value_loss = unclipped_value_loss = value_error(values)
+    old_values = batch["values"]
+    clipped_values = values.detach().clamp(old_values - vclip_coef, old_values + vclip_coef)
     if args.clip_vloss:
-        clipped_values = batch["values"] + value_change.clamp(-vclip_coef, vclip_coef)
-        value_loss = torch.max(unclipped_value_loss, value_error(clipped_values))
-
+        clipped_loss = value_error(clipped_values)
+        value_loss = torch.where(clipped_loss > value_loss, clipped_loss, value_loss)
     # Entropy bonus, and penalties on KL(old, new) (PPO, eq. 8) and KL(new, reference)
     entropy = agent.entropy(dist)
     kl = agent.kl_divergence(batch["dists"], dist)
@@ -666,33 +658,41 @@ def ppo_loss(
             "losses/policy_loss": policy_loss,
             "losses/value_loss": value_loss,
             "losses/value_loss_unclipped": unclipped_value_loss,
-            "losses/value_clipfrac": (value_change.abs() > vclip_coef).float(),
+            "losses/value_clipfrac": (clipped_values != values).float(),
             "losses/entropy": entropy,
             "losses/kl": kl,
             "losses/ref_kl": ref_kl,
             "losses/old_approx_kl": -logratio,
             "losses/approx_kl": ratio - 1 - logratio,  # http://joschu.net/blog/kl-approx.html
-            "losses/clipfrac": ((ratio - 1).abs() > clip_coef).float(),
+            "losses/clipfrac": (clipped_ratio != ratio).float(),
             "values/mean": values * agent.value_norm.std + agent.value_norm.mean,
         }
-        means = torch.stack(list(metrics.values())) @ batch["weights"]
-    return loss @ batch["weights"], dict(zip(metrics, means.unbind(), strict=True))
+    return loss @ batch["weights"], metrics  # the sum over processes is the mean over samples
+
+
+def ppo_gradient(
+    agent: Agent, params: list, batch: Batch, args: Args, coefs: Tensor, critic_only: bool
+) -> tuple[Tensor, Tensor, list[str]]:
+    """Gradient of `ppo_loss` as one vector; means of what is logged, and their tags."""
+    loss, metrics = ppo_loss(agent, batch, args, coefs, critic_only)
+    grads = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
+    means = torch.stack(list(metrics.values())).detach() @ batch["weights"]
+    return torch.cat([grad.flatten() for grad in grads]), means, list(metrics)
 
 
 def update(
     agent: Agent, optimizer: Optimizer, rollout: Rollout, batch: Batch, args: Args, coefs: Tensor
-) -> dict[str, Tensor]:
+) -> Batch:
     """Epochs of minibatches; means of the metrics over all minibatches and processes."""
-    loss_function = torch.compile(ppo_loss) if args.compile else ppo_loss
+    gradient_of = compile_once(ppo_gradient) if args.compile else ppo_gradient
     max_grad_norm = torch.inf if args.max_grad_norm is None else args.max_grad_norm
-    critic_params = optimizer.param_groups[1]["params"]
-    all_params = optimizer.param_groups[0]["params"] + critic_params
+    policy, critic = (group["params"][0] for group in optimizer.param_groups)
     num_samples = len(batch["obs"])
     minibatch_size = num_samples // args.num_minibatches
     history, stop_policy = [], False
     for epoch in range(args.update_epochs + args.critic_epochs):
         critic_only = epoch >= args.update_epochs
-        params = critic_params if critic_only else all_params
+        params = critic.parts if critic_only else policy.parts + critic.parts
         if stop_policy and not critic_only:
             continue
         if epoch > 0 and args.recompute_advantages:
@@ -710,21 +710,18 @@ def update(
             samples["advantages"] = ((advantages - mean) / (std + 1e-8)).flatten()
         for start in range(0, num_samples, minibatch_size):
             minibatch = {k: x[start : start + minibatch_size] for k, x in samples.items()}
-            loss, metrics = loss_function(agent, minibatch, args, coefs, critic_only)
-            optimizer.zero_grad()
-            loss.backward(inputs=params if critic_only else None)
-            if WORLD_SIZE > 1:  # sum the gradients of all processes, in one message
-                grads = [p.grad for p in params if p.grad is not None]
-                nn.utils.vector_to_parameters(all_sum(nn.utils.parameters_to_vector(grads)), grads)
-            grad_norm = nn.utils.clip_grad_norm_(params, max_grad_norm)
+            gradient, means, tags = gradient_of(agent, params, minibatch, args, coefs, critic_only)
+            grad_norm = all_sum(gradient).norm()
+            gradient *= (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
+            policy.grad = None if critic_only else gradient[: len(policy)]
+            critic.grad = gradient[-len(critic) :]
             optimizer.step()
-            metrics["losses/grad_norm"] = grad_norm / WORLD_SIZE  # the same in all processes
-            history.append(torch.stack(list(metrics.values())))
+            history.append(torch.cat((means, grad_norm.view(1) / WORLD_SIZE)))
         if args.target_kl is not None and not critic_only:
-            means = torch.stack(history[-args.num_minibatches :]).mean(0)
-            approx_kl = all_sum(means[list(metrics).index("losses/approx_kl")].clone())
-            stop_policy = bool(approx_kl > args.target_kl)
-    return dict(zip(metrics, all_sum(torch.stack(history).mean(0)), strict=True))
+            means = all_sum(torch.stack(history[-args.num_minibatches :]).mean(0))
+            stop_policy = bool(means[tags.index("losses/approx_kl")] > args.target_kl)
+    means = all_sum(torch.stack(history).mean(0))
+    return dict(zip((*tags, "losses/grad_norm"), means, strict=True))
 
 
 def load_checkpoint(run_dir: str) -> dict[str, Any]:
@@ -760,14 +757,16 @@ def train(
     named_params = [(name, p) for name, p in agent.named_parameters() if p.requires_grad]
     critic_params = [p for name, p in named_params if name.startswith("critic")]
     policy_params = [p for name, p in named_params if not name.startswith("critic")]
+    rates = (args.actor_learning_rate, args.critic_learning_rate)
+    epsilons = (args.actor_adam_eps, args.critic_adam_eps)
     param_groups = []
-    for params, lr, eps in (
-        (policy_params, args.actor_learning_rate, args.actor_adam_eps),
-        (critic_params, args.critic_learning_rate, args.critic_adam_eps),
-    ):
+    for params, lr, eps in zip((policy_params, critic_params), rates, epsilons, strict=True):
+        vector = nn.Parameter(nn.utils.parameters_to_vector(params).detach())
+        nn.utils.vector_to_parameters(vector, params)  # the parameters become views of the vector
+        vector.parts = params
         lr = args.learning_rate if lr is None else lr
         eps = args.adam_eps if eps is None else eps
-        param_groups.append({"params": params, "initial_lr": lr, "eps": eps})
+        param_groups.append({"params": [vector], "initial_lr": lr, "eps": eps})
     optimizer = torch.optim.Adam(param_groups, fused=True)
     if checkpoint:  # its moments, but learning rates and eps of the flags
         optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]})
@@ -794,7 +793,7 @@ def train(
         writer = SummaryWriter(args.run_dir, purge_step=step + 1)
         writer.add_custom_scalars({"PPO": BOARD})
         flags = {k: v if type(v) in (int, float, str) else str(v) for k, v in vars(args).items()}
-        for summary in hparams(flags, dict.fromkeys(HPARAM_METRICS, 0)):
+        for summary in hparams(flags, {"charts/return_100": 0, "eval/episodic_return": 0}):
             writer.file_writer.add_summary(summary)
     no_bar = RANK > 0 or not args.progress
     bar = tqdm(total=args.total_timesteps, initial=step, unit="step", disable=no_bar)
@@ -830,7 +829,7 @@ def train(
             elif kl < args.kl_target / 1.5:
                 kl_coef = max(kl_coef / 2, 1e-6)
         if agent.norm_obs:  # last, for it changes the policy
-            agent.obs_norm.update(batch["obs"][batch["loss_mask"] > 0])
+            agent.obs_norm.add(batch["obs"][batch["loss_mask"] > 0])
 
         # Log
         reports = [(episodes, stop_signal)] * WORLD_SIZE
@@ -854,9 +853,8 @@ def train(
         bar.update(batch_size)
 
         # Checkpoint
-        last = stop or iteration == num_iterations - 1
         due = args.checkpoint_every and (iteration + 1) % args.checkpoint_every == 0
-        if RANK == 0 and (last or due):
+        if RANK == 0 and (due or stop or iteration == num_iterations - 1):
             checkpoint = {"args": vars(args) | {"resume": None}, "step": step, "kl_coef": kl_coef}
             checkpoint |= {"returns": list(returns), "optimizer": optimizer.state_dict()["state"]}
             checkpoint |= {"agent": agent.state_dict()}
@@ -902,6 +900,8 @@ def main() -> None:
         fail(f"{args.run_dir} holds a run; resume it, or give another run_dir")
     torch.set_num_threads(args.torch_threads)
     torch.backends.cudnn.deterministic = args.torch_deterministic
+    if args.compile:
+        torch._dynamo.config.trace_autograd_ops = True  # loss and gradient are one graph
     device = torch.device("cpu")
     if args.cuda and torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

@@ -1,6 +1,7 @@
 """Statistics of observations, rewards and values: what they are, and when they change."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from gymnasium import spaces
 from test_targets import FLAGS, MODES, by_env, play
+from test_update import make_optimizer
 from torch import Tensor
 
 import ppo_continuous
@@ -40,7 +42,7 @@ def test_running_statistics(shape: tuple, mean: float, std: float, sizes: list[i
     for order in (pieces, pieces[::-1]):
         norm = ppo_discrete.RunningMeanStd(shape)
         for piece in order:
-            norm.update(torch.tensor(piece))
+            norm.add(torch.tensor(piece))
         assert norm.count.item() == len(samples)
         assert norm.mean.shape == norm.std.shape == shape
         np.testing.assert_allclose(norm.mean, samples.mean(0), rtol=1e-6, atol=1e-6 * std)
@@ -55,7 +57,7 @@ def test_counts_beyond_float32(count: int) -> None:
     norm.mean64.fill_(1000.0)
     norm.m2.fill_(float(count))
     for _ in range(10):
-        norm.update(torch.tensor([1001.0]))
+        norm.add(torch.tensor([1001.0]))
     assert norm.count.item() == count + 10
     assert norm.mean64.item() == pytest.approx(1000 + 10 / (count + 10), abs=1e-12)
     assert norm.m2.item() - count == pytest.approx(10.0, abs=1e-3)
@@ -85,7 +87,7 @@ def test_normalized_observations(norm_obs: bool, clip: float | None) -> None:
     args = ppo_discrete.Args(norm_obs=norm_obs, clip_obs=clip)
     agent = ppo_discrete.Agent(args, spaces.Box(-1, 1, (3,)), spaces.Discrete(2))
     samples = 5 + 2 * np.random.default_rng(0).normal(size=(400, 3))
-    agent.obs_norm.update(torch.tensor(samples))
+    agent.obs_norm.add(torch.tensor(samples))
     expected = samples[:50]
     if norm_obs:
         expected = (expected - samples.mean(0)) / samples.std(0)
@@ -138,8 +140,7 @@ def test_a_rollout_without_valid_steps(norm_value: str) -> None:
     before = statistics(agent)
     ppo_discrete.process_rewards(agent, rollout, args)
     batch, metrics = ppo_discrete.make_batch(agent, None, rollout, args)
-    groups = [{"params": [*agent.actor.parameters()]}, {"params": [*agent.critic.parameters()]}]
-    optimizer = torch.optim.Adam(groups, lr=0.1)
+    optimizer = make_optimizer(agent, replace(args, learning_rate=0.1))
     coefs = torch.tensor([0.01, 0.0], dtype=torch.float64)
     metrics |= ppo_discrete.update(agent, optimizer, rollout, batch, args, coefs)
     assert same(statistics(agent), before)
@@ -168,7 +169,7 @@ def test_statistics_advance_once_an_iteration(
     Observations: those acted on. Rewards: discounted returns. Values: targets.
     """
     agents, rollouts, updates = [], [], []
-    collect, update, update_norm = ppo.Rollout.collect, ppo.update, ppo.RunningMeanStd.update
+    collect, update, update_norm = ppo.Rollout.collect, ppo.update, ppo.RunningMeanStd.add
 
     def spy_norm(norm: Any, samples: Tensor) -> None:
         name = next(name for name in NORMS if getattr(agents[-1], name) is norm)
@@ -194,7 +195,7 @@ def test_statistics_advance_once_an_iteration(
 
     monkeypatch.setattr(ppo.Rollout, "collect", spy_collect)
     monkeypatch.setattr(ppo, "update", spy_update)
-    monkeypatch.setattr(ppo.RunningMeanStd, "update", spy_norm)
+    monkeypatch.setattr(ppo.RunningMeanStd, "add", spy_norm)
     flags = ["--env-id", env_id, "--num-envs", 4, "--num-steps", 64, "--total-timesteps", 1280]
     flags += [*ALL_NORMS, "--gamma", 0.9, "--vectorization", vectorization, "--no-progress"]
     flags += ["--num-minibatches", 2, "--update-epochs", 2, "--recompute-advantages"]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from gymnasium import spaces
 from gymnasium.vector import SyncVectorEnv
+from test_update import make_optimizer
 from torch import Tensor
 
 import ppo_continuous
@@ -273,8 +274,7 @@ def test_recompute_advantages(
     monkeypatch.setattr(ppo, "ppo_loss", spy)
     first = ppo.compute_targets(agent, rollout, args)[2:]  # before `make_batch` changes value_norm
     batch, _ = ppo.make_batch(agent, None, rollout, args)
-    groups = [{"params": [*agent.actor.parameters()]}, {"params": [*agent.critic.parameters()]}]
-    optimizer = torch.optim.Adam(groups, lr=0.05)
+    optimizer = make_optimizer(agent, replace(args, learning_rate=0.05))
     coefs = torch.tensor([0.01, 0.0], dtype=torch.float64)
     ppo.update(agent, optimizer, rollout, dict(batch), args, coefs)
     assert len(epochs) == 3

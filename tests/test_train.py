@@ -178,7 +178,8 @@ def test_scalars(train: Callable, module: ModuleType) -> None:
 
     def ppo_loss(*args: Any) -> Any:
         loss, metrics = loss_function(*args)
-        seen.append({tag: float(value) for tag, value in metrics.items()})
+        weights = args[1]["weights"]
+        seen.append({tag: float(value.detach() @ weights) for tag, value in metrics.items()})
         return loss, metrics
 
     with pytest.MonkeyPatch.context() as patch:
@@ -237,7 +238,7 @@ def test_hparams_and_layout(train: Callable) -> None:
     assert "4" in flags["hidden_sizes"].string_value
     metrics = plugin_data("_hparams_/experiment").experiment.metric_infos
     shown = {metric.name.tag for metric in metrics}
-    assert {"charts/episodic_return", "eval/episodic_return"} <= shown
+    assert {"charts/return_100", "eval/episodic_return"} <= shown
     layout = Layout.FromString(found["custom_scalars__config__"].tensor.string_val[0])
     tags = read_scalars("r").keys()
     boards = [

@@ -30,14 +30,17 @@ B = T * N
 
 
 def make_optimizer(agent: nn.Module, args: Any) -> torch.optim.Optimizer:
-    """Adam with the policy's and the critic's parameters in a group each."""
-    critic = list(agent.critic.parameters())
-    policy = [p for name, p in agent.named_parameters() if not name.startswith("critic.")]
-    groups = [{"params": policy}, {"params": critic}]
-    for name, group in zip(("actor", "critic"), groups, strict=True):
+    """Adam on a vector of the policy's and one of the critic's parameters."""
+    groups = []
+    for name in ("actor", "critic"):
+        named = agent.named_parameters()
+        parts = [p for key, p in named if key.startswith("critic.") == (name == "critic")]
+        vector = nn.Parameter(torch.cat([p.detach().flatten() for p in parts]))
+        nn.utils.vector_to_parameters(vector, parts)
+        vector.parts = parts
         lr, eps = getattr(args, f"{name}_learning_rate"), getattr(args, f"{name}_adam_eps")
-        group["lr"] = args.learning_rate if lr is None else lr
-        group["eps"] = args.adam_eps if eps is None else eps
+        lr, eps = args.learning_rate if lr is None else lr, args.adam_eps if eps is None else eps
+        groups.append({"params": [vector], "lr": lr, "eps": eps})
     return torch.optim.Adam(groups)
 
 
@@ -65,7 +68,8 @@ def learn(made: SimpleNamespace, **flags: Any) -> SimpleNamespace:
     def spy(agent: nn.Module, minibatch: dict, *rest: Any) -> tuple:
         state = copy.deepcopy(agent.state_dict())
         loss, metrics = loss_function(agent, minibatch, *rest)
-        call = {"minibatch": minibatch, "critic_only": rest[-1], "metrics": dict(metrics)}
+        means = {tag: x.detach() @ minibatch["weights"] for tag, x in metrics.items()}
+        call = {"minibatch": minibatch, "critic_only": rest[-1], "metrics": means}
         calls.append(SimpleNamespace(**call, state=state, training=agent.training))
         return loss, metrics
 
@@ -162,7 +166,7 @@ def test_target_kl(
         loss, metrics = loss_function(agent, minibatch, *rest)
         told.append(7.0 if rest[-1] else kls[len(kinds)])
         kinds.append("critic" if rest[-1] else "policy")
-        return loss, metrics | {"losses/approx_kl": torch.tensor(told[-1])}
+        return loss, metrics | {"losses/approx_kl": torch.full_like(minibatch["weights"], told[-1])}
 
     made = prepare(target_kl=0.01, num_minibatches=2, update_epochs=4)
     monkeypatch.setattr(ppo_discrete, "ppo_loss", fake)
@@ -228,7 +232,8 @@ def iterations(main: Callable, monkeypatch: pytest.MonkeyPatch) -> Callable:
             it.batch = {key: x.clone() for key, x in batch.items()}
             it.rates = [group["lr"] for group in optimizer.param_groups]
             it.eps = [group["eps"] for group in optimizer.param_groups]
-            it.groups = [[names[p] for p in group["params"]] for group in optimizer.param_groups]
+            vectors = [group["params"][0] for group in optimizer.param_groups]
+            it.groups = [[names[p] for p in vector.parts] for vector in vectors]
             it.before = copy.deepcopy(agent)
             seen.append(it)
             metrics = update(*inputs)
