@@ -55,7 +55,7 @@ class Args:
     cuda: bool = True  # use the GPU if there is one
     capture_video: bool = False  # record videos of the first environment (needs moviepy)
     run_dir: str | None = None  # None: runs/{env_id}__{exp_name}__{seed}__{unix time}
-    compile: bool = False  # compile the loss with torch.compile
+    compile: bool = False  # compile loss and gradient with torch.compile
     torch_threads: int = 1  # threads of PyTorch on the CPU
     progress: bool = True  # show the progress bar
     checkpoint_every: int = 100  # iterations between checkpoints; 0: only at the end
@@ -626,18 +626,17 @@ def ppo_loss(
     policy_loss = negative_advantages * ratio
     clipped_ratio = ratio.detach().clamp(1 - clip_coef, 1 + clip_coef)
     clipped_loss = negative_advantages * clipped_ratio
-    # torch.max of both; where the clipped one is larger it is constant
+    # The maximum of both; `detach`, for the clipped loss has no gradient where it is the larger
     policy_loss = torch.where(clipped_loss > policy_loss, clipped_loss, policy_loss)
     if args.dual_clip_coef is not None:
         bounded_loss = torch.min(policy_loss, negative_advantages * args.dual_clip_coef)
         policy_loss = torch.where(negative_advantages > 0, bounded_loss, policy_loss)
     # Value loss, clipped around the old value as in PPO2 (Huang et al. 2022, detail 9)
-    vclip_coef = clip_coef if args.vclip_coef is None else args.vclip_coef
+    vclip = clip_coef if args.vclip_coef is None else args.vclip_coef
     delta = 1.0 if args.value_loss == "huber" else torch.inf  # inf: half the squared error
     value_error = partial(F.huber_loss, target=batch["targets"], reduction="none", delta=delta)
     value_loss = unclipped_value_loss = value_error(values)
-    old_values = batch["values"]
-    clipped_values = values.detach().clamp(old_values - vclip_coef, old_values + vclip_coef)
+    clipped_values = values.detach().clamp(batch["values"] - vclip, batch["values"] + vclip)
     if args.clip_vloss:
         clipped_loss = value_error(clipped_values)
         value_loss = torch.where(clipped_loss > value_loss, clipped_loss, value_loss)
@@ -673,11 +672,16 @@ def ppo_loss(
 def ppo_gradient(
     agent: Agent, params: list, batch: Batch, args: Args, coefs: Tensor, critic_only: bool
 ) -> tuple[Tensor, Tensor, list[str]]:
-    """Gradient of `ppo_loss` as one vector; means of what is logged, and their tags."""
+    """Clipped gradient of `ppo_loss` as one vector; the means that are logged, and their tags."""
     loss, metrics = ppo_loss(agent, batch, args, coefs, critic_only)
     grads = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
+    gradient = all_sum(torch.cat([grad.flatten() for grad in grads]))
+    norm = gradient.norm()
+    max_norm = torch.inf if args.max_grad_norm is None else args.max_grad_norm
+    gradient = gradient * (max_norm / (norm + 1e-6)).clamp(max=1)
     means = torch.stack(list(metrics.values())).detach() @ batch["weights"]
-    return torch.cat([grad.flatten() for grad in grads]), means, list(metrics)
+    means = torch.cat((means, norm.view(1) / WORLD_SIZE))
+    return gradient, means, [*metrics, "losses/grad_norm"]
 
 
 def update(
@@ -685,11 +689,11 @@ def update(
 ) -> Batch:
     """Epochs of minibatches; means of the metrics over all minibatches and processes."""
     gradient_of = compile_once(ppo_gradient) if args.compile else ppo_gradient
-    max_grad_norm = torch.inf if args.max_grad_norm is None else args.max_grad_norm
     policy, critic = (group["params"][0] for group in optimizer.param_groups)
     num_samples = len(batch["obs"])
     minibatch_size = num_samples // args.num_minibatches
     history, stop_policy = [], False
+    agent.train()
     for epoch in range(args.update_epochs + args.critic_epochs):
         critic_only = epoch >= args.update_epochs
         params = critic.parts if critic_only else policy.parts + critic.parts
@@ -698,7 +702,7 @@ def update(
         if epoch > 0 and args.recompute_advantages:
             _, _, batch["advantages"], targets = compute_targets(agent, rollout, args)
             batch["targets"] = (targets - agent.value_norm.mean) / agent.value_norm.std
-        agent.train()
+            agent.train()
         order = torch.randperm(num_samples, device=coefs.device)
         samples = {key: x.index_select(0, order) for key, x in batch.items()}
         mask = samples["loss_mask"].view(-1, minibatch_size)
@@ -711,17 +715,14 @@ def update(
         for start in range(0, num_samples, minibatch_size):
             minibatch = {k: x[start : start + minibatch_size] for k, x in samples.items()}
             gradient, means, tags = gradient_of(agent, params, minibatch, args, coefs, critic_only)
-            grad_norm = all_sum(gradient).norm()
-            gradient *= (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
             policy.grad = None if critic_only else gradient[: len(policy)]
             critic.grad = gradient[-len(critic) :]
             optimizer.step()
-            history.append(torch.cat((means, grad_norm.view(1) / WORLD_SIZE)))
+            history.append(means)
         if args.target_kl is not None and not critic_only:
             means = all_sum(torch.stack(history[-args.num_minibatches :]).mean(0))
             stop_policy = bool(means[tags.index("losses/approx_kl")] > args.target_kl)
-    means = all_sum(torch.stack(history).mean(0))
-    return dict(zip((*tags, "losses/grad_norm"), means, strict=True))
+    return dict(zip(tags, all_sum(torch.stack(history).mean(0)), strict=True))
 
 
 def load_checkpoint(run_dir: str) -> dict[str, Any]:
@@ -762,7 +763,7 @@ def train(
     param_groups = []
     for params, lr, eps in zip((policy_params, critic_params), rates, epsilons, strict=True):
         vector = nn.Parameter(nn.utils.parameters_to_vector(params).detach())
-        nn.utils.vector_to_parameters(vector, params)  # the parameters become views of the vector
+        nn.utils.vector_to_parameters(vector, params)  # they become views of the vector
         vector.parts = params
         lr = args.learning_rate if lr is None else lr
         eps = args.adam_eps if eps is None else eps
@@ -901,7 +902,7 @@ def main() -> None:
     torch.set_num_threads(args.torch_threads)
     torch.backends.cudnn.deterministic = args.torch_deterministic
     if args.compile:
-        torch._dynamo.config.trace_autograd_ops = True  # loss and gradient are one graph
+        torch._dynamo.config.trace_autograd_ops = True  # loss and gradient as one graph
     device = torch.device("cpu")
     if args.cuda and torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

@@ -31,7 +31,7 @@ def main(
 
     def main(*flags: Any, module: ModuleType = ppo_discrete) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, flags)])
-        if "--resume" in flags:  # names of event files begin with the second
+        if {"--resume", "--eval"} & set(flags):  # names of event files begin with the second
             time.sleep(1 - time.time() % 1)
         code = 0
         capfd.readouterr()

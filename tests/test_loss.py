@@ -331,7 +331,7 @@ def test_samples_of_weight_zero_count_for_nothing(policy: str) -> None:
     results = []
     for rows in (batch | {"weights": weights}, mixed | {"weights": weights}, alone):
         loss, metrics = module.ppo_loss(agent, rows, args, COEFS, False)
-        means = torch.stack([x.detach().double() for x in metrics.values()]) @ rows["weights"]
-        results.append((gradient(loss, agent), loss.detach(), means))
+        means = [x.detach().double() @ rows["weights"] for x in metrics.values()]
+        results.append((gradient(loss, agent), torch.stack([loss.detach(), *means])))
     for result in results[1:]:
         torch.testing.assert_close(result, results[0])

@@ -200,7 +200,6 @@ def test_scalars(train: Callable, module: ModuleType) -> None:
         means = np.reshape([metrics[tag] for metrics in seen], (ITERATIONS, 4)).mean(1)
         np.testing.assert_allclose(curve(tag), means, rtol=1e-4, atol=1e-6, err_msg=tag)
     assert all(np.isfinite(curve(tag)).all() for tag in tags)
-    assert min(curve("charts/SPS")) > 1
     assert min(curve("losses/approx_kl")) >= 0
     assert min(curve("losses/kl")) >= 0
     assert max(curve("losses/kl")) > 0
@@ -235,7 +234,6 @@ def test_hparams_and_layout(train: Callable) -> None:
         assert flags[name].number_value == value
     for name, value in {"env_id": "Counted-v0", "clip_coef": "None"}.items():
         assert flags[name].string_value == value
-    assert "4" in flags["hidden_sizes"].string_value
     metrics = plugin_data("_hparams_/experiment").experiment.metric_infos
     shown = {metric.name.tag for metric in metrics}
     assert {"charts/return_100", "eval/episodic_return"} <= shown

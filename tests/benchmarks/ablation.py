@@ -1,0 +1,354 @@
+"""What each trick is worth: runs that differ from a base in one setting, on several tasks.
+
+    python tests/benchmarks/ablation.py run                        # continues where it stopped
+    python tests/benchmarks/ablation.py run --tasks Acrobot-v1 --seeds 10 --workers 4
+    python tests/benchmarks/ablation.py table                      # results/ablation.md
+    python tests/benchmarks/ablation.py plot                       # results/ablation.png
+
+`run` trains every variant on every task of its list, first all of them with seed 1, then with seed
+2, and so on. A run that has ended is a row of results/ablation.csv and is not repeated; a run that
+was interrupted continues from its checkpoint in runs/ablation. One process and one thread a run.
+
+Columns of the table: `final` is the mean return of the last 100 episodes, `mean` the average of
+that number over the training; the others are averages over the training of the tag of that name.
+
+`table` compares each variant with the base of its task: the difference of the mean final returns,
+divided by the distance between the base and the return of a random policy, with a 95% bootstrap
+interval over seeds. Over tasks: the interquartile mean (IQM) of the normalized scores and the
+probability that a run of the variant is better than one of the base, both with stratified bootstrap
+intervals (Agarwal et al. 2021, arXiv 2108.13264). `plot` needs matplotlib.
+"""
+
+import argparse
+import csv
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+from typing import Any, NamedTuple
+
+import numpy as np
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+CSV = RESULTS / "ablation.csv"
+TAGS = ("losses/explained_variance", "losses/value_clipfrac", "losses/clipfrac", "losses/approx_kl")
+COLUMNS = ["task", "variant", "seed", "steps", "final", "mean"]
+COLUMNS += [tag.split("/")[1] for tag in TAGS] + ["commit"]
+SAMPLES = 2000  # of a bootstrap
+
+
+class Task(NamedTuple):
+    """A task and its base: the script's defaults, or the flags that the README recommends."""
+
+    script: str
+    flags: str
+    random: float  # mean return of random actions, 0 on the scale of the scores
+
+
+MICRORTS = "tests.envs.microrts:MicroRTSMining10x10-v0"
+TASKS = {
+    "Acrobot-v1": Task("ppo_discrete.py", "--total-timesteps 500000", -500.0),
+    "LunarLander-v3": Task("ppo_discrete.py", "--total-timesteps 500000", -180.0),
+    "CartPoleTimes2-v0": Task("ppo_discrete.py", "--total-timesteps 200000", 44.0),
+    "Hopper-v5": Task("ppo_continuous.py", "--total-timesteps 500000", 15.0),
+    "HalfCheetah-v5": Task("ppo_continuous.py", "--total-timesteps 500000", -280.0),
+    "TaxiDispatch-v0": Task("ppo_multidiscrete_mask.py", "--total-timesteps 500000", -20.0),
+    MICRORTS: Task(
+        "ppo_multidiscrete_mask.py",
+        "--total-timesteps 200000 --num-envs 4 --num-steps 256 --update-epochs 8 --gae-lambda 0.97 "
+        "--clip-coef 0.2 --learning-rate 5e-4 --ent-coef 0.003 --ent-coef-final 0",
+        0.0,
+    ),
+}
+MODULES = {"CartPoleTimes2-v0": "tests.benchmarks.scaled:"}
+DISCRETE = ("Acrobot-v1", "LunarLander-v3")
+CONTINUOUS = ("Hopper-v5", "HalfCheetah-v5")
+CONTROL = (*DISCRETE, *CONTINUOUS)  # where values, advantages and targets are compared
+SCALED = ("CartPoleTimes2-v0",)
+MASKS = ("TaxiDispatch-v0", MICRORTS)
+ALL = (*CONTROL, *MASKS)
+# question, variant, flags beside the base, tasks
+VARIANTS = [
+    ("value clip", "no value clip", "--no-clip-vloss", (*ALL, *SCALED)),
+    ("value clip", "value clip 0.2, value norm", "--norm-value running", (*ALL, *SCALED)),
+    ("value clip", "no clip, value norm", "--norm-value running --no-clip-vloss", (*ALL, *SCALED)),
+    ("value clip", "value clip 0.2, popart", "--norm-value popart", (*ALL, *SCALED)),
+    ("advantage norm", "none", "--no-norm-adv", ALL),
+    ("advantage norm", "over the batch", "--norm-adv-scope batch", ALL),
+    ("observation norm", "on", "--norm-obs", DISCRETE),
+    ("observation norm", "on, no clip", "--norm-obs --clip-obs None", DISCRETE),
+    ("observation norm", "off", "--no-norm-obs", CONTINUOUS),
+    ("observation norm", "no clip", "--clip-obs None", CONTINUOUS),
+    ("reward norm", "on", "--norm-reward", DISCRETE),
+    ("reward norm", "on, no clip", "--norm-reward --clip-reward None", DISCRETE),
+    ("reward norm", "off", "--no-norm-reward", CONTINUOUS),
+    ("reward norm", "no clip", "--clip-reward None", CONTINUOUS),
+    ("critic's target", "Monte-Carlo", "--value-target mc", CONTROL),
+    ("critic's target", "one step", "--value-target td", CONTROL),
+    ("critic's target", "lambda 0.9", "--gae-lambda 0.9", CONTROL),
+    ("critic's target", "lambda 0.99", "--gae-lambda 0.99", CONTROL),
+    ("critic's target", "recomputed", "--recompute-advantages", CONTROL),
+    ("critic's target", "truncation as an end", "--no-bootstrap-truncated", CONTROL),
+    ("policy loss", "clip 0.1", "--clip-coef 0.1 --vclip-coef 0.2", CONTROL),
+    ("policy loss", "clip 0.3", "--clip-coef 0.3 --vclip-coef 0.2", CONTROL),
+    ("policy loss", "no clip", "--clip-coef None --vclip-coef 0.2", CONTROL),
+    ("policy loss", "KL penalty, beta 1", "--clip-coef None --vclip-coef 0.2 --kl-coef 1", CONTROL),
+    (
+        "policy loss",
+        "KL penalty, adaptive",
+        "--clip-coef None --vclip-coef 0.2 --kl-coef 1 --kl-target 0.01",
+        CONTROL,
+    ),
+    ("policy loss", "target KL 0.02", "--target-kl 0.02", CONTROL),
+    ("policy loss", "dual clip 3", "--dual-clip-coef 3", CONTROL),
+    ("critic", "Huber loss", "--value-loss huber", CONTROL),
+    ("critic", "learning rate x 3", "--critic-learning-rate 7.5e-4", DISCRETE),
+    ("critic", "learning rate x 3", "--critic-learning-rate 9e-4", CONTINUOUS),
+    ("critic", "epochs x 2", "--critic-epochs 4", DISCRETE),
+    ("critic", "epochs x 2", "--critic-epochs 10", CONTINUOUS),
+    ("critic", "warm-up of 10 iterations", "--critic-warmup-iterations 10", CONTROL),
+    ("optimizer", "no gradient clip", "--max-grad-norm None", CONTROL),
+    ("optimizer", "eps 1e-8", "--adam-eps 1e-8", CONTROL),
+    ("optimizer", "eps 1e-3", "--adam-eps 1e-3", CONTROL),
+    ("optimizer", "constant learning rate", "--no-anneal-lr", CONTROL),
+    ("network", "PyTorch's initialization", "--no-ortho-init", CONTROL),
+    ("network", "ReLU", "--activation relu", CONTROL),
+    ("network", "shared trunk", "--shared-network", CONTROL),
+    ("entropy bonus", "none", "--ent-coef 0", DISCRETE),
+    ("entropy bonus", "0.01", "--ent-coef 0.01", CONTINUOUS),
+    ("entropy bonus", "0.01 to 0", "--ent-coef 0.01 --ent-coef-final 0", CONTROL),
+    ("sigma", "fixed, e^0 to e^-2", "--std fixed --log-std-final -2", CONTINUOUS),
+    ("sigma", "from the state", "--std state", CONTINUOUS),
+    ("sigma", "beta distribution", "--distribution beta", CONTINUOUS),
+    ("masks", "none", "--mask none", MASKS),
+    ("masks", "independent", "--mask independent", MASKS),
+]
+BASE = ("base", "base", "", tuple(TASKS))
+
+
+class Job(NamedTuple):
+    """One run."""
+
+    task: str
+    variant: str
+    flags: str
+    seed: int
+
+
+def key_of(question: str, name: str) -> str:
+    """Name of a variant in the table."""
+    return name if question == "base" else f"{question}: {name}"
+
+
+def read_rows() -> list[dict[str, Any]]:
+    """Rows of the table."""
+    if not CSV.exists():
+        return []
+    with open(CSV, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def jobs(tasks: list[str], seeds: int) -> list[Job]:
+    """All runs that are not in the table, all variants with one seed before the next seed."""
+    done = {(row["task"], row["variant"], int(row["seed"])) for row in read_rows()}
+    found = []
+    for seed in range(1, seeds + 1):
+        for task in tasks:
+            for question, name, flags, where in (BASE, *VARIANTS):
+                key = key_of(question, name)
+                if task in where and (task, key, seed) not in done:
+                    found.append(Job(task, key, flags, seed))
+    return found
+
+
+def measure(run_dir: Path) -> dict[str, float]:
+    """What the table holds of a run."""
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
+    events.Reload()
+    returns = [event.value for event in events.Scalars("charts/return_100")]
+    row = {"final": returns[-1], "mean": float(np.mean(returns))}
+    for tag in TAGS:
+        row[tag.split("/")[1]] = float(np.mean([event.value for event in events.Scalars(tag)]))
+    row["steps"] = events.Scalars("charts/SPS")[-1].step
+    return row
+
+
+def train(job: Job, runs: Path, lock: Lock, commit: str) -> None:
+    """Train, or continue, one run and append its row; the run's directory is removed."""
+    task = TASKS[job.task]
+    slug = "".join(c if c.isalnum() else "-" for c in f"{job.task}-{job.variant}-{job.seed}")
+    run_dir = runs / slug
+    command = [sys.executable, str(ROOT / task.script), "--no-progress", "--no-cuda"]
+    if (run_dir / "checkpoint.pt").exists():
+        command += ["--resume", str(run_dir)]
+    else:
+        shutil.rmtree(run_dir, ignore_errors=True)
+        command += ["--env-id", MODULES.get(job.task, "") + job.task, "--seed", str(job.seed)]
+        command += ["--run-dir", str(run_dir), *shlex.split(task.flags), *shlex.split(job.flags)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if result.returncode and "is complete" not in result.stderr:
+        print(f"FAILED {job}\n{result.stderr}", flush=True)
+        return
+    row = {"task": job.task, "variant": job.variant, "seed": job.seed, "commit": commit}
+    row |= {name: round(value, 4) for name, value in measure(run_dir).items()}
+    with lock:
+        new = not CSV.exists()
+        with open(CSV, "a", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+    shutil.rmtree(run_dir)
+    print(f"{job.task} | {job.variant} | seed {job.seed}: {row['final']}", flush=True)
+
+
+def scores() -> dict[str, dict[str, np.ndarray]]:
+    """{variant: {task: scores}}; 0 is a random policy, 1 the mean of the base's final returns."""
+    finals: dict[str, dict[str, list[float]]] = {}
+    for row in read_rows():
+        finals.setdefault(row["variant"], {}).setdefault(row["task"], []).append(
+            float(row["final"])
+        )
+    base = {task: np.mean(values) for task, values in finals["base"].items()}
+    return {
+        variant: {
+            task: (np.array(values) - TASKS[task].random) / (base[task] - TASKS[task].random)
+            for task, values in by_task.items()
+            if task in base
+        }
+        for variant, by_task in finals.items()
+    }
+
+
+def interval(samples: np.ndarray) -> tuple[float, float]:
+    """95% percentile interval of a bootstrap."""
+    low, high = np.percentile(samples, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def resample(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Bootstrap samples [SAMPLES, n] of n values."""
+    return values[rng.integers(len(values), size=(SAMPLES, len(values)))]
+
+
+def interquartile_mean(values: np.ndarray) -> np.ndarray:
+    """Mean of the middle half along the last axis."""
+    ordered = np.sort(values, -1)
+    cut = ordered.shape[-1] // 4
+    return ordered[..., cut : ordered.shape[-1] - cut].mean(-1)
+
+
+def improvement(values: np.ndarray, base: np.ndarray) -> np.ndarray:
+    """Probability [...] that one of values [..., n] is above one of base [..., m]."""
+    above = values[..., :, None] > base[..., None, :]
+    equal = values[..., :, None] == base[..., None, :]
+    return (above + 0.5 * equal).mean((-1, -2))
+
+
+def compare(variant: dict[str, np.ndarray], base: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Differences to the base by task, and what is aggregated over tasks, with intervals."""
+    rng = np.random.default_rng(1)
+    drawn = {task: resample(values, rng) for task, values in variant.items()}
+    drawn_base = {task: resample(base[task], rng) for task in variant}
+    differences = {}
+    for task, values in variant.items():
+        samples = drawn[task].mean(1) - drawn_base[task].mean(1)
+        differences[task] = (values.mean() - base[task].mean(), *interval(samples))
+    pooled = np.concatenate(list(variant.values()))
+    pooled_samples = np.concatenate(list(drawn.values()), 1)
+    chances = [improvement(variant[task], base[task]) for task in variant]
+    chance_samples = [improvement(drawn[task], drawn_base[task]) for task in variant]
+    return {
+        "differences": differences,
+        "iqm": (interquartile_mean(pooled), *interval(interquartile_mean(pooled_samples))),
+        "improvement": (np.mean(chances), *interval(np.mean(chance_samples, 0))),
+    }
+
+
+def describe(numbers: tuple[float, float, float]) -> str:
+    """A number with its interval."""
+    return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*numbers)
+
+
+def table() -> None:
+    """Write and print the comparison of every variant with its base."""
+    found = scores()
+    lines = ["| variant | task: difference to the base [95% interval], runs | IQM | P(better) |"]
+    lines += ["|---|---|---|---|"]
+    for question, name, _, _ in VARIANTS:
+        key = key_of(question, name)
+        if key not in found or any(key in line for line in lines):
+            continue
+        result = compare(found[key], found["base"])
+        cells = []
+        for task, numbers in result["differences"].items():
+            mark = "**" if numbers[1] > 0 or numbers[2] < 0 else ""
+            runs = len(found[key][task])
+            cells.append(f"{task.split(':')[-1]}: {mark}{describe(numbers)}{mark}, {runs}")
+        iqm = "{:.2f} [{:.2f}, {:.2f}]".format(*result["iqm"])
+        chance = "{:.2f} [{:.2f}, {:.2f}]".format(*result["improvement"])
+        lines.append(f"| {key} | {'<br>'.join(cells)} | {iqm} | {chance} |")
+    text = "\n".join(lines) + "\n"
+    (RESULTS / "ablation.md").write_text(text)
+    print(text)
+
+
+def plot() -> None:
+    """One row a variant, one panel a task: the difference to the base and its interval."""
+    import matplotlib.pyplot as plt
+
+    found = scores()
+    tasks = [task for task in TASKS if task in found["base"]]
+    keys = list(dict.fromkeys(key_of(question, name) for question, name, _, _ in VARIANTS))
+    keys = [key for key in keys if key in found][::-1]
+    figure, panels = plt.subplots(
+        1, len(tasks), figsize=(3 + 1.6 * len(tasks), 1 + 0.21 * len(keys)), sharey=True,
+        layout="constrained", squeeze=False,
+    )  # fmt: skip
+    for panel, task in zip(panels[0], tasks, strict=True):
+        for y, key in enumerate(keys):
+            if task not in found[key]:
+                continue
+            values = {task: found[key][task]}
+            mean, low, high = compare(values, found["base"])["differences"][task]
+            color = "C2" if low > 0 else "C3" if high < 0 else "0.5"
+            panel.plot([max(low, -1.2), min(high, 1.2)], [y, y], color=color)
+            panel.plot(np.clip(mean, -1.2, 1.2), y, "o", color=color, markersize=4)
+        panel.axvline(0, color="black", linewidth=0.6)
+        panel.set_title(task.split(":")[-1], fontsize=8)
+        panel.set_yticks(range(len(keys)), keys, fontsize=7)
+        panel.tick_params(axis="x", labelsize=7)
+        panel.grid(axis="y", linewidth=0.3)
+    figure.supxlabel("difference to the base; -1 is a random policy", fontsize=8)
+    figure.savefig(RESULTS / "ablation.png", dpi=110)
+
+
+def main() -> None:
+    """Run, table or plot."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("what", choices=["run", "table", "plot"])
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "ablation")
+    args = parser.parse_args()
+    if args.what == "table":
+        table()
+    elif args.what == "plot":
+        plot()
+    else:
+        commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT)
+        lock, todo = Lock(), jobs(args.tasks, args.seeds)
+        print(f"{len(todo)} runs to do", flush=True)
+        with ThreadPoolExecutor(args.workers) as pool:
+            for job in todo:
+                pool.submit(train, job, args.runs, lock, commit.decode().strip())
+
+
+if __name__ == "__main__":
+    main()
