@@ -560,10 +560,10 @@ def compute_targets(agent: Agent, rollout: Rollout, args: Args) -> tuple[Tensor,
     dones = terminated | torch.from_numpy(rollout.truncated).to(obs.device)
     rewards = torch.from_numpy(rollout.rewards).to(values)
     steps = (rewards, values[:-1], next_values * ~terminated, dones, args.gamma)
-    advantages = compute_advantages(*steps, args.gae_lambda)
-    # A + V is the discounted return for lambda = 1, and r + gamma V' for lambda = 0
-    target_lambda = {"gae": args.gae_lambda, "mc": 1.0, "td": 0.0}[args.value_target]
-    targets = values[:-1] + compute_advantages(*steps, target_lambda)
+    advantages = target_advantages = compute_advantages(*steps, args.gae_lambda)
+    if args.value_target != "gae":  # lambda = 1: A + V is the discounted return; 0: one step
+        target_advantages = compute_advantages(*steps, 1.0 if args.value_target == "mc" else 0.0)
+    targets = values[:-1] + target_advantages
     return dists[: rewards.numel()], values[:-1].flatten(), advantages.flatten(), targets.flatten()
 
 
@@ -689,7 +689,7 @@ def update(
 ) -> Batch:
     """Epochs of minibatches; means of the metrics over all minibatches and processes."""
     gradient_of = compile_once(ppo_gradient) if args.compile else ppo_gradient
-    policy, critic = (group["params"][0] for group in optimizer.param_groups)
+    policy, critic = (p for group in optimizer.param_groups for p in group["params"])
     num_samples = len(batch["obs"])
     minibatch_size = num_samples // args.num_minibatches
     history, stop_policy = [], False
@@ -760,14 +760,14 @@ def train(
     policy_params = [p for name, p in named_params if not name.startswith("critic")]
     rates = (args.actor_learning_rate, args.critic_learning_rate)
     epsilons = (args.actor_adam_eps, args.critic_adam_eps)
-    param_groups = []
+    groups = {}  # equal settings make one group, which is faster
     for params, lr, eps in zip((policy_params, critic_params), rates, epsilons, strict=True):
         vector = nn.Parameter(nn.utils.parameters_to_vector(params).detach())
         nn.utils.vector_to_parameters(vector, params)  # they become views of the vector
         vector.parts = params
         lr = args.learning_rate if lr is None else lr
-        eps = args.adam_eps if eps is None else eps
-        param_groups.append({"params": [vector], "initial_lr": lr, "eps": eps})
+        groups.setdefault((lr, args.adam_eps if eps is None else eps), []).append(vector)
+    param_groups = [{"params": x, "initial_lr": lr, "eps": eps} for (lr, eps), x in groups.items()]
     optimizer = torch.optim.Adam(param_groups, fused=True)
     if checkpoint:  # its moments, but learning rates and eps of the flags
         optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]})

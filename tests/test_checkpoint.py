@@ -101,7 +101,7 @@ def test_resume(interrupt: Callable, train: Callable, monkeypatch: pytest.Monkey
             same(optimizer.state_dict()["state"], state["optimizer"])
             for key in ("obs_norm.mean64", "obs_norm.m2", "actor.0.weight"):
                 assert torch.equal(agent.state_dict()[key], state["agent"][key])
-        seen.append([group["lr"] for group in optimizer.param_groups])
+        seen.append([group["lr"] for group in optimizer.param_groups for _ in group["params"]])
         return update(agent, optimizer, *args)
 
     monkeypatch.setattr(ppo_discrete, "update", spy)

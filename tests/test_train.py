@@ -323,7 +323,8 @@ def test_schedules(
     update = ppo_discrete.update
 
     def spy(agent: Any, optimizer: Any, rollout: Any, batch: Any, args: Any, coefs: Any) -> dict:
-        seen.append([*(group["lr"] for group in optimizer.param_groups), float(coefs[0])])
+        rates = [group["lr"] for group in optimizer.param_groups for _ in group["params"]]
+        seen.append([*rates, float(coefs[0])])
         return update(agent, optimizer, rollout, batch, args, coefs)
 
     monkeypatch.setattr(ppo_discrete, "update", spy)

@@ -230,10 +230,9 @@ def iterations(main: Callable, monkeypatch: pytest.MonkeyPatch) -> Callable:
             names = {p: name for name, p in agent.named_parameters()}
             it = SimpleNamespace(args=args, coefs=coefs.tolist(), moves=[], shapes=set())
             it.batch = {key: x.clone() for key, x in batch.items()}
-            it.rates = [group["lr"] for group in optimizer.param_groups]
-            it.eps = [group["eps"] for group in optimizer.param_groups]
-            vectors = [group["params"][0] for group in optimizer.param_groups]
-            it.groups = [[names[p] for p in vector.parts] for vector in vectors]
+            pairs = [(group, v) for group in optimizer.param_groups for v in group["params"]]
+            it.rates, it.eps = ([group[key] for group, _ in pairs] for key in ("lr", "eps"))
+            it.groups = [[names[p] for p in vector.parts] for _, vector in pairs]
             it.before = copy.deepcopy(agent)
             seen.append(it)
             metrics = update(*inputs)
