@@ -13,8 +13,8 @@ Columns of the table: `final` is the mean return of the last 100 episodes, `mean
 that number over the training; the others are averages over the training of the tag of that name.
 
 `table` compares each variant with the base of its task: the difference of the mean final returns,
-divided by the distance between the base and the return of a random policy, with a 95% bootstrap
-interval over seeds. Over tasks: the interquartile mean (IQM) of the normalized scores and the
+divided by the distance between the base and `zero`, the return of random actions (100 episodes), or
+of a policy that delivers nothing, with a 95% bootstrap interval over seeds. Over tasks: the interquartile mean (IQM) of the normalized scores and the
 probability that a run of the variant is better than one of the base, both with stratified bootstrap
 intervals (Agarwal et al. 2021, arXiv 2108.13264). `plot` needs matplotlib.
 """
@@ -47,16 +47,16 @@ class Task(NamedTuple):
 
     script: str
     flags: str
-    random: float  # mean return of random actions, 0 on the scale of the scores
+    zero: float  # return with score 0: of random actions, or of a policy that delivers nothing
 
 
 MICRORTS = "tests.envs.microrts:MicroRTSMining10x10-v0"
 TASKS = {
     "Acrobot-v1": Task("ppo_discrete.py", "--total-timesteps 500000", -500.0),
-    "LunarLander-v3": Task("ppo_discrete.py", "--total-timesteps 500000", -180.0),
-    "CartPoleTimes2-v0": Task("ppo_discrete.py", "--total-timesteps 200000", 44.0),
-    "Hopper-v5": Task("ppo_continuous.py", "--total-timesteps 500000", 15.0),
-    "HalfCheetah-v5": Task("ppo_continuous.py", "--total-timesteps 500000", -280.0),
+    "LunarLander-v3": Task("ppo_discrete.py", "--total-timesteps 500000", -182.0),
+    "CartPoleTimes2-v0": Task("ppo_discrete.py", "--total-timesteps 200000", 45.0),
+    "Hopper-v5": Task("ppo_continuous.py", "--total-timesteps 500000", 19.0),
+    "HalfCheetah-v5": Task("ppo_continuous.py", "--total-timesteps 500000", -293.0),
     "TaxiDispatch-v0": Task("ppo_multidiscrete_mask.py", "--total-timesteps 500000", -20.0),
     MICRORTS: Task(
         "ppo_multidiscrete_mask.py",
@@ -208,7 +208,7 @@ def train(job: Job, runs: Path, lock: Lock, commit: str) -> None:
 
 
 def scores() -> dict[str, dict[str, np.ndarray]]:
-    """{variant: {task: scores}}; 0 is a random policy, 1 the mean of the base's final returns."""
+    """{variant: {task: scores}}; 0 is `zero`, 1 the mean of the base's final returns."""
     finals: dict[str, dict[str, list[float]]] = {}
     for row in read_rows():
         finals.setdefault(row["variant"], {}).setdefault(row["task"], []).append(
@@ -217,7 +217,7 @@ def scores() -> dict[str, dict[str, np.ndarray]]:
     base = {task: np.mean(values) for task, values in finals["base"].items()}
     return {
         variant: {
-            task: (np.array(values) - TASKS[task].random) / (base[task] - TASKS[task].random)
+            task: (np.array(values) - TASKS[task].zero) / (base[task] - TASKS[task].zero)
             for task, values in by_task.items()
             if task in base
         }
@@ -324,7 +324,7 @@ def plot() -> None:
         panel.set_yticks(range(len(keys)), keys, fontsize=7)
         panel.tick_params(axis="x", labelsize=7)
         panel.grid(axis="y", linewidth=0.3)
-    figure.supxlabel("difference to the base; -1 is a random policy", fontsize=8)
+    figure.supxlabel("difference to the base; -1: random actions", fontsize=8)
     figure.savefig(RESULTS / "ablation.png", dpi=110)
 
 
