@@ -13,10 +13,12 @@ Columns of the table: `final` is the mean return of the last 100 episodes, `mean
 that number over the training; the others are averages over the training of the tag of that name.
 
 `table` compares each variant with the base of its task: the difference of the mean final returns,
-divided by the distance between the base and `zero`, the return of random actions (100 episodes), or
-of a policy that delivers nothing, with a 95% bootstrap interval over seeds. Over tasks: the interquartile mean (IQM) of the normalized scores and the
-probability that a run of the variant is better than one of the base, both with stratified bootstrap
-intervals (Agarwal et al. 2021, arXiv 2108.13264). `plot` needs matplotlib.
+divided by the distance between the base and `zero`, which is the return of random actions (100
+episodes) or of a policy that delivers nothing, with a 95% bootstrap interval over seeds. Over
+tasks: the interquartile mean (IQM) of the normalized scores and the probability that a run of the
+variant is better than one of the base, both with stratified bootstrap intervals (Agarwal et al.
+2021, arXiv 2108.13264). `plot` draws the differences, and the curves of the task whose values are
+near 200 (results/value_clip.csv, results/value_clip.png); it needs matplotlib.
 """
 
 import argparse
@@ -36,10 +38,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 CSV = RESULTS / "ablation.csv"
+CURVES = RESULTS / "value_clip.csv"
 TAGS = ("losses/explained_variance", "losses/value_clipfrac", "losses/clipfrac", "losses/approx_kl")
 COLUMNS = ["task", "variant", "seed", "steps", "final", "mean"]
 COLUMNS += [tag.split("/")[1] for tag in TAGS] + ["commit"]
 SAMPLES = 2000  # of a bootstrap
+POINTS = 40  # of a curve
 
 
 class Task(NamedTuple):
@@ -166,16 +170,33 @@ def jobs(tasks: list[str], seeds: int) -> list[Job]:
     return found
 
 
-def measure(run_dir: Path) -> dict[str, float]:
-    """What the table holds of a run."""
+def append(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Add rows to a table, and the names of its columns to an empty one."""
+    new = not path.exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def measure(run_dir: Path) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """What the table holds of a run, and its curves."""
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0})
     events.Reload()
-    returns = [event.value for event in events.Scalars("charts/return_100")]
-    row = {"final": returns[-1], "mean": float(np.mean(returns))}
-    for tag in TAGS:
-        row[tag.split("/")[1]] = float(np.mean([event.value for event in events.Scalars(tag)]))
-    row["steps"] = events.Scalars("charts/SPS")[-1].step
-    return row
+    curves = {}
+    for tag in ("charts/return_100", *TAGS):
+        points = events.Scalars(tag)
+        curves[tag.split("/")[1]] = ([e.step for e in points], [e.value for e in points])
+    steps, returns = curves["return_100"]
+    row = {"steps": steps[-1], "final": returns[-1]}
+    row |= {name: float(np.mean(values)) for name, (_, values) in curves.items()}
+    row["mean"] = row.pop("return_100")
+    points = []
+    for step in np.linspace(steps[0], steps[-1], POINTS).round():
+        values = {name: float(np.interp(step, *curve)) for name, curve in curves.items()}
+        points.append({"step": int(step)} | values)
+    return row, points
 
 
 def train(job: Job, runs: Path, lock: Lock, commit: str) -> None:
@@ -194,15 +215,16 @@ def train(job: Job, runs: Path, lock: Lock, commit: str) -> None:
     if result.returncode and "is complete" not in result.stderr:
         print(f"FAILED {job}\n{result.stderr}", flush=True)
         return
+    numbers, points = measure(run_dir)
     row = {"task": job.task, "variant": job.variant, "seed": job.seed, "commit": commit}
-    row |= {name: round(value, 4) for name, value in measure(run_dir).items()}
+    row |= {name: round(value, 4) for name, value in numbers.items()}
+    names = ("return_100", "explained_variance", "value_clipfrac")
     with lock:
-        new = not CSV.exists()
-        with open(CSV, "a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+        if job.task in SCALED:
+            run = {"variant": job.variant, "seed": job.seed}
+            rows = [run | {k: round(point[k], 4) for k in ("step", *names)} for point in points]
+            append(CURVES, rows)
+        append(CSV, [{name: row[name] for name in COLUMNS}])
     shutil.rmtree(run_dir)
     print(f"{job.task} | {job.variant} | seed {job.seed}: {row['final']}", flush=True)
 
@@ -328,6 +350,35 @@ def plot() -> None:
     figure.savefig(RESULTS / "ablation.png", dpi=110)
 
 
+def plot_value_clip() -> None:
+    """What the value clip does where values are near 200: one panel a quantity."""
+    import matplotlib.pyplot as plt
+
+    names = {
+        "return_100": "return (at most 1000)",
+        "explained_variance": "explained variance",
+        "value_clipfrac": "share of samples that are clipped",
+    }
+    with open(CURVES, newline="") as file:
+        rows = list(csv.DictReader(file))
+    figure, panels = plt.subplots(1, 3, figsize=(10, 2.8), layout="constrained")
+    for color, variant in enumerate(dict.fromkeys(row["variant"] for row in rows)):
+        mine = [row for row in rows if row["variant"] == variant]
+        label = "value clip 0.2" if variant == "base" else variant.split(": ")[1]
+        for panel, name in zip(panels, names, strict=True):
+            values = np.array([float(row[name]) for row in mine]).reshape(-1, POINTS)
+            steps = [int(row["step"]) for row in mine[:POINTS]]
+            panel.plot(steps, values.mean(0), color=f"C{color}", label=label)
+            panel.fill_between(steps, values.min(0), values.max(0), color=f"C{color}", alpha=0.15)
+    for panel, title in zip(panels, names.values(), strict=True):
+        panel.set_title(title, fontsize=9)
+        panel.tick_params(labelsize=7)
+        panel.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:.0f}k")
+    panels[1].set_ylim(-0.5, 1.05)
+    panels[0].legend(fontsize=7)
+    figure.savefig(RESULTS / "value_clip.png", dpi=110)
+
+
 def main() -> None:
     """Run, table or plot."""
     parser = argparse.ArgumentParser()
@@ -341,6 +392,7 @@ def main() -> None:
         table()
     elif args.what == "plot":
         plot()
+        plot_value_clip()
     else:
         commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT)
         lock, todo = Lock(), jobs(args.tasks, args.seeds)
