@@ -126,7 +126,7 @@ BOARD = {  # charts of TensorBoard's Custom Scalars tab
     "KL": ["Multiline", ["^losses/.*kl$"]],
     "clip fractions": ["Multiline", ["^losses/.*clipfrac$"]],
 }
-compile_once = cache(partial(torch.compile, options={"cpp_wrapper": True}))
+compile_once = cache(partial(torch.compile, options={"cpp_wrapper": True}))  # a function only once
 RANK = int(os.environ.get("RANK", 0))  # RANK and WORLD_SIZE are set by torchrun
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU, "gelu": nn.GELU, "silu": nn.SiLU}
@@ -710,7 +710,7 @@ def train(
         vector.parts = params
         lr = args.learning_rate if lr is None else lr
         groups.setdefault((lr, args.adam_eps if eps is None else eps), []).append(vector)
-    param_groups = [{"params": x, "initial_lr": lr, "eps": eps} for (lr, eps), x in groups.items()]
+    param_groups = [{"params": v, "initial_lr": lr, "eps": eps} for (lr, eps), v in groups.items()]
     optimizer = torch.optim.Adam(param_groups, fused=True)
     if checkpoint:  # its moments, but learning rates and eps of the flags
         optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]})
