@@ -78,12 +78,12 @@ MASKS = ("TaxiDispatch-v0", MICRORTS)
 ALL = (*CONTROL, *MASKS)
 # question, variant, flags beside the base, tasks
 VARIANTS = [
-    ("value clip", "no value clip", "--no-clip-vloss", (*ALL, *SCALED)),
-    ("value clip", "value clip 0.2, value norm", "--norm-value running", (*ALL, *SCALED)),
-    ("value clip", "no clip, value norm", "--norm-value running --no-clip-vloss", (*ALL, *SCALED)),
-    ("value clip", "value clip 0.2, popart", "--norm-value popart", (*ALL, *SCALED)),
-    ("value clip", "value clip 0.2, no gradient clip", "--max-grad-norm None", SCALED),
-    ("value clip", "no clip, no gradient clip", "--no-clip-vloss --max-grad-norm None", SCALED),
+    ("value clip", "off", "--no-clip-vloss", (*ALL, *SCALED)),
+    ("value clip", "0.2, value norm", "--norm-value running", (*ALL, *SCALED)),
+    ("value clip", "off, value norm", "--norm-value running --no-clip-vloss", (*ALL, *SCALED)),
+    ("value clip", "0.2, popart", "--norm-value popart", (*ALL, *SCALED)),
+    ("value clip", "0.2, no gradient clip", "--max-grad-norm None", SCALED),
+    ("value clip", "off, no gradient clip", "--no-clip-vloss --max-grad-norm None", SCALED),
     ("advantage norm", "none", "--no-norm-adv", ALL),
     ("advantage norm", "over the batch", "--norm-adv-scope batch", ALL),
     ("observation norm", "on", "--norm-obs", DISCRETE),
@@ -363,10 +363,10 @@ def plot_value_clip() -> None:
     }
     with open(CURVES, newline="") as file:
         rows = list(csv.DictReader(file))
-    figure, panels = plt.subplots(1, 3, figsize=(10, 2.8), layout="constrained")
+    figure, panels = plt.subplots(1, 3, figsize=(12, 2.8), layout="constrained")
     for color, variant in enumerate(dict.fromkeys(row["variant"] for row in rows)):
         mine = [row for row in rows if row["variant"] == variant]
-        label = "value clip 0.2" if variant == "base" else variant.split(": ")[1]
+        label = "value clip: 0.2" if variant == "base" else variant
         for panel, name in zip(panels, names, strict=True):
             values = np.array([float(row[name]) for row in mine]).reshape(-1, POINTS)
             steps = [int(row["step"]) for row in mine[:POINTS]]
@@ -377,7 +377,7 @@ def plot_value_clip() -> None:
         panel.tick_params(labelsize=7)
         panel.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:.0f}k")
     panels[1].set_ylim(-0.5, 1.05)
-    panels[0].legend(fontsize=7)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right", fontsize=8)
     figure.savefig(RESULTS / "value_clip.png", dpi=110)
 
 
