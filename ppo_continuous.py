@@ -133,7 +133,7 @@ BOARD = {  # charts of TensorBoard's Custom Scalars tab
     "KL": ["Multiline", ["^losses/.*kl$"]],
     "clip fractions": ["Multiline", ["^losses/.*clipfrac$"]],
 }
-compile_once = cache(partial(torch.compile, options={"cpp_wrapper": True}))  # a function only once
+compile_once = cache(partial(torch.compile, options={"cpp_wrapper": True}))  # each function once
 RANK = int(os.environ.get("RANK", 0))  # RANK and WORLD_SIZE are set by torchrun
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU, "gelu": nn.GELU, "silu": nn.SiLU}
@@ -167,8 +167,8 @@ def check_args(args: Args) -> None:
         fail(f"capture_video needs vectorization sync or async, not {args.vectorization}")
 
 
-def is_flat(space: spaces.Space) -> bool:
-    """Whether observations are vectors, or images for the Nature CNN: uint8, 36 x 36 or more."""
+def fits_network(space: spaces.Space) -> bool:
+    """Whether observations are vectors, or images (uint8, 36 x 36 or more) for the Nature CNN."""
     image = len(space.shape or ()) == 3 and space.dtype == np.uint8 and sorted(space.shape)[1] >= 36
     return image or (isinstance(space, spaces.Box) and len(space.shape) == 1)
 
@@ -202,14 +202,14 @@ def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
     render_mode = {"render_mode": "rgb_array"} if video_dir else {}
     env = gym.make(args.env_id, **env_kwargs | render_mode)
     if video_dir:
-        trigger = (lambda n: n < args.eval_episodes) if args.eval else None  # None: a few
+        trigger = (lambda n: n < args.eval_episodes) if args.eval else None  # None: some
         env = gym.wrappers.RecordVideo(env, str(video_dir), trigger)
     if is_atari(args.env_id):
         env = gym.wrappers.AtariPreprocessing(env)
         if env.unwrapped.get_action_meanings()[1] == "FIRE":
             env = FireReset(env)
         return gym.wrappers.FrameStackObservation(env, 4)
-    return env if is_flat(env.observation_space) else gym.wrappers.FlattenObservation(env)
+    return env if fits_network(env.observation_space) else gym.wrappers.FlattenObservation(env)
 
 
 class SyncEnvs(SyncVectorEnv):
@@ -260,7 +260,7 @@ def make_envs(args: Args, num_envs: int, seed: int, video_dir: Path | None = Non
     if mode not in (AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP):
         fail(f"{args.env_id} has autoreset_mode {mode}, must be SAME_STEP or NEXT_STEP")
     space = envs.single_observation_space
-    if is_flat(space):
+    if fits_network(space):
         return envs
     envs = gym.vector.VectorWrapper(envs)
     envs.observation_space = gym.vector.utils.batch_space(space, num_envs)  # not so in envpool
@@ -526,7 +526,7 @@ def compute_advantages(
 ) -> Tensor:
     """Generalized advantage estimates (Schulman et al. 2016, eq. 16); all [T, N].
 
-    After each pass, sums[t] holds twice as many terms of A[t] = delta[t] + decay[t] * A[t + 1].
+    A[t] = delta[t] + decay[t] * A[t + 1]; each pass doubles the number of deltas in sums[t].
     """
     sums = rewards + gamma * next_values - values
     decay = gamma * lam * ~dones
@@ -614,7 +614,7 @@ def make_batch(
 
 def ppo_loss(
     agent: Agent, batch: Batch, args: Args, coefs: Tensor, critic_only: bool
-) -> tuple[Tensor, Batch]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of one minibatch (PPO, eq. 9), and what is logged of it; all terms are [M]."""
     dist, values = agent(batch["obs"])
     ent_coef, kl_coef = coefs
@@ -626,7 +626,7 @@ def ppo_loss(
     policy_loss = negative_advantages * ratio
     clipped_ratio = ratio.detach().clamp(1 - clip_coef, 1 + clip_coef)
     clipped_loss = negative_advantages * clipped_ratio
-    # The maximum of both; `detach`, for the clipped loss has no gradient where it is the larger
+    # The maximum of both; where the clipped loss is larger it has no gradient, hence `detach`
     policy_loss = torch.where(clipped_loss > policy_loss, clipped_loss, policy_loss)
     if args.dual_clip_coef is not None:
         bounded_loss = torch.min(policy_loss, negative_advantages * args.dual_clip_coef)
@@ -680,13 +680,13 @@ def ppo_gradient(
     max_norm = torch.inf if args.max_grad_norm is None else args.max_grad_norm
     gradient = gradient * (max_norm / (norm + 1e-6)).clamp(max=1)
     means = torch.stack(list(metrics.values())).detach() @ batch["weights"]
-    means = torch.cat((means, norm.view(1) / WORLD_SIZE))
+    means = torch.cat((means, norm.view(1) / WORLD_SIZE))  # `update` sums over processes
     return gradient, means, [*metrics, "losses/grad_norm"]
 
 
 def update(
     agent: Agent, optimizer: Optimizer, rollout: Rollout, batch: Batch, args: Args, coefs: Tensor
-) -> Batch:
+) -> dict[str, Tensor]:
     """Epochs of minibatches; means of the metrics over all minibatches and processes."""
     gradient_of = compile_once(ppo_gradient) if args.compile else ppo_gradient
     policy, critic = (p for group in optimizer.param_groups for p in group["params"])
@@ -769,7 +769,7 @@ def train(
         groups.setdefault((lr, args.adam_eps if eps is None else eps), []).append(vector)
     param_groups = [{"params": v, "initial_lr": lr, "eps": eps} for (lr, eps), v in groups.items()]
     optimizer = torch.optim.Adam(param_groups, fused=True)
-    if checkpoint:  # its moments, but learning rates and eps of the flags
+    if checkpoint:  # Adam's moments; learning rates and eps are those of the flags
         optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]})
     batch_size = args.num_envs * args.num_steps  # of all processes
     num_iterations = args.total_timesteps // batch_size
@@ -829,7 +829,7 @@ def train(
                 kl_coef = min(2 * kl_coef, 1e6)
             elif kl < args.kl_target / 1.5:
                 kl_coef = max(kl_coef / 2, 1e-6)
-        if agent.norm_obs:  # last, for it changes the policy
+        if agent.norm_obs:  # last, because it changes the policy
             agent.obs_norm.add(batch["obs"][batch["loss_mask"] > 0])
 
         # Log
@@ -942,7 +942,7 @@ def main() -> None:
     video_dir = None
     if RANK == 0:
         name = f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-        while Path(name).exists():  # of a run that started in the same second
+        while Path(name).exists():  # another run started in the same second
             name += f"_{os.getpid()}"
         args.run_dir = args.run_dir or name
         Path(args.run_dir).mkdir(parents=True, exist_ok=True)

@@ -91,8 +91,8 @@ def test_actions_arrive_in_the_environments_space(actions: str, mode: str) -> No
     ],
 )
 def test_what_is_an_image(shape: tuple, dtype: type, expected: bool) -> None:
-    assert ppo.is_flat(spaces.Box(0, 255, shape, dtype)) == expected
-    assert not ppo.is_flat(spaces.Dict(image=spaces.Box(0, 255, shape, dtype)))
+    assert ppo.fits_network(spaces.Box(0, 255, shape, dtype)) == expected
+    assert not ppo.fits_network(spaces.Dict(image=spaces.Box(0, 255, shape, dtype)))
 
 
 @pytest.mark.parametrize("env_id", ["FrozenLake-v1", "Taxi-v3"])

@@ -25,7 +25,7 @@ OTHERS = {
     "train 6 main 20",
 }
 MASKS = "TaxiDispatch MaskInfo VectorMaskInfo MASKED without_mask move_mask used_masks"
-MASKS = set(f"{MASKS} is_image is_flat".split())
+MASKS = set(f"{MASKS} is_image fits_network".split())
 # Flags of another default or help, and flags of one script
 FLAGS = {
     "ppo_continuous.py": "env_id num_envs num_steps total_timesteps norm_obs norm_reward ent_coef "
