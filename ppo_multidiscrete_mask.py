@@ -129,7 +129,7 @@ BOARD = {  # charts of TensorBoard's Custom Scalars tab
     "KL": ["Multiline", ["^losses/.*kl$"]],
     "clip fractions": ["Multiline", ["^losses/.*clipfrac$"]],
 }
-compile_once = cache(partial(torch.compile, options={"cpp_wrapper": True}))  # each function once
+compile_once = cache(partial(torch.compile, options={"cpp_wrapper": True}))
 RANK = int(os.environ.get("RANK", 0))  # RANK and WORLD_SIZE are set by torchrun
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 MASKED = -1e8  # logit of an invalid action: probability 0; the gradient of -inf would be NaN
@@ -371,7 +371,7 @@ def make_envs(args: Args, num_envs: int, seed: int, video_dir: Path | None = Non
     if isinstance(space, spaces.Box) and len(space.shape) in (1, 3):
         return envs
     envs = gym.vector.VectorWrapper(envs)
-    envs.observation_space = gym.vector.utils.batch_space(space, num_envs)  # not so in envpool
+    envs.observation_space = gym.vector.utils.batch_space(space, num_envs)  # envpool: `space`
     return gym.wrappers.vector.FlattenObservation(envs)
 
 
@@ -607,9 +607,9 @@ class Rollout:
                 for n in np.flatnonzero(self.truncated[t] & ~self.terminated[t]):
                     self.final_obs.append((t, n, np.array(infos["final_obs"][n])))
             if self.lives is not None:
-                final_lives = infos.get("final_info", infos)["lives"]  # `lives`: of the next game
+                final_lives = infos.get("final_info", infos)["lives"]
                 dones = self.terminated[t] | self.truncated[t]
-                lives = np.where(dones, final_lives, infos["lives"])
+                lives = np.where(dones, final_lives, infos["lives"])  # the latter: of the next game
                 self.life_lost[t] = lives < self.lives
                 self.lives = infos["lives"].copy()
         dones = self.terminated | self.truncated
@@ -902,14 +902,14 @@ def train(
 ) -> int:
     """Iterations of rollout, targets and update; the signal that stopped them, or 0."""
     named_params = [(name, p) for name, p in agent.named_parameters() if p.requires_grad]
-    critic_params = [p for name, p in named_params if name.startswith("critic")]
     policy_params = [p for name, p in named_params if not name.startswith("critic")]
+    critic_params = [p for name, p in named_params if name.startswith("critic")]
     rates = (args.actor_learning_rate, args.critic_learning_rate)
     epsilons = (args.actor_adam_eps, args.critic_adam_eps)
     groups = {}  # equal settings make one group, which is faster
     for params, lr, eps in zip((policy_params, critic_params), rates, epsilons, strict=True):
         vector = nn.Parameter(nn.utils.parameters_to_vector(params).detach())
-        nn.utils.vector_to_parameters(vector, params)  # they become views of the vector
+        nn.utils.vector_to_parameters(vector, params)  # `params` become views of it
         vector.parts = params
         lr = args.learning_rate if lr is None else lr
         groups.setdefault((lr, args.adam_eps if eps is None else eps), []).append(vector)
@@ -947,8 +947,8 @@ def train(
     start_time = time.perf_counter()
     for iteration in range(first_iteration, num_iterations):
         # Schedules
+        fraction = 1 - iteration / num_iterations if args.anneal_lr else 1.0
         for group in optimizer.param_groups:
-            fraction = 1 - iteration / num_iterations if args.anneal_lr else 1.0
             group["lr"] = fraction * group["initial_lr"]
         ent_coef_final = args.ent_coef if args.ent_coef_final is None else args.ent_coef_final
         ent_coef = np.interp(iteration, (0, num_iterations - 1), (args.ent_coef, ent_coef_final))

@@ -207,8 +207,8 @@ def test_scalars(train: Callable, module: ModuleType) -> None:
     for tag in ("losses/clipfrac", "losses/value_clipfrac"):
         assert all(0 <= value <= 1 for value in curve(tag))
     assert max(curve("losses/explained_variance")) <= 1
-    assert min(curve("losses/grad_norm")) > 0
-    assert min(curve("advantages/std")) > 0
+    for tag in ("charts/SPS", "losses/grad_norm", "advantages/std"):
+        assert min(curve(tag)) > 0
     clipped = np.subtract(curve("losses/value_loss"), curve("losses/value_loss_unclipped"))
     assert clipped.min() >= -1e-6
     if module is ppo_discrete:
@@ -232,10 +232,10 @@ def test_hparams_and_layout(train: Callable) -> None:
     assert flags.keys() == args.keys()
     for name, value in {"num_envs": 2, "gamma": 0.99}.items():
         assert flags[name].number_value == value
-    for name, value in {"env_id": "Counted-v0", "clip_coef": "None"}.items():
+    texts = {"env_id": "Counted-v0", "clip_coef": "None", "hidden_sizes": "(8, 4)"}
+    for name, value in texts.items():
         assert flags[name].string_value == value
-    metrics = plugin_data("_hparams_/experiment").experiment.metric_infos
-    shown = {metric.name.tag for metric in metrics}
+    shown = {x.name.tag for x in plugin_data("_hparams_/experiment").experiment.metric_infos}
     assert {"charts/return_100", "eval/episodic_return"} <= shown
     layout = Layout.FromString(found["custom_scalars__config__"].tensor.string_val[0])
     tags = read_scalars("r").keys()

@@ -177,7 +177,7 @@ def append(path: Path, rows: list[dict[str, Any]]) -> None:
     """Add rows to a table, and the names of its columns to an empty one."""
     new = not path.exists()
     with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
+        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerows(rows)
@@ -215,9 +215,10 @@ def train(job: Job, runs: Path, lock: Lock, commit: str) -> None:
         command += ["--env-id", MODULES.get(job.task, "") + job.task, "--seed", str(job.seed)]
         command += ["--run-dir", str(run_dir), *shlex.split(task.flags), *shlex.split(job.flags)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    # a run that was complete before its row was written is refused, and only measured
     if result.returncode and "is complete" not in result.stderr:
         print(f"FAILED {job}\n{result.stderr}", flush=True)
-        return
+        raise RuntimeError(f"{job} failed")
     numbers, points = measure(run_dir)
     row = {"task": job.task, "variant": job.variant, "seed": job.seed, "commit": commit}
     row |= {name: round(value, 4) for name, value in numbers.items()}
@@ -401,8 +402,10 @@ def main() -> None:
         lock, todo = Lock(), jobs(args.tasks, args.variants, args.seeds)
         print(f"{len(todo)} runs to do", flush=True)
         with ThreadPoolExecutor(args.workers) as pool:
-            for job in todo:
-                pool.submit(train, job, args.runs, lock, commit.decode().strip())
+            inputs = (args.runs, lock, commit.decode().strip())
+            ended = [pool.submit(train, job, *inputs) for job in todo]
+        for future in ended:
+            future.result()  # raises what a run raised
 
 
 if __name__ == "__main__":
