@@ -7,7 +7,8 @@
 
 `run` trains every variant on every task of its list, first all of them with seed 1, then with seed
 2, and so on. A run that has ended is a row of results/ablation.csv and is not repeated; a run that
-was interrupted continues from its checkpoint in runs/ablation. One process and one thread a run.
+was interrupted continues from its checkpoint in runs/ablation. One process and one thread a run,
+compiled (a C++ compiler is needed), which changes the speed and the rounding.
 
 Columns of the table: `final` is the mean return of the last 100 episodes, `mean` the average of
 that number over the training; the others are averages over the training of the tag of that name.
@@ -213,7 +214,8 @@ def train(job: Job, runs: Path, lock: Lock, commit: str) -> None:
     else:
         shutil.rmtree(run_dir, ignore_errors=True)
         command += ["--env-id", MODULES.get(job.task, "") + job.task, "--seed", str(job.seed)]
-        command += ["--run-dir", str(run_dir), *shlex.split(task.flags), *shlex.split(job.flags)]
+        command += ["--run-dir", str(run_dir), "--compile"]
+        command += [*shlex.split(task.flags), *shlex.split(job.flags)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     # a run that was complete before its row was written is refused, and only measured
     if result.returncode and "is complete" not in result.stderr:
