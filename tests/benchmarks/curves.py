@@ -4,8 +4,8 @@
     python tests/benchmarks/curves.py draw            # results/curves.csv -> results/curves.png
 
 `add` reads charts/return_100 of every run that matches the pattern, replaces the rows of the task
-in the table, and prints the final returns. `draw` shows the mean over seeds and their range; it
-needs matplotlib.
+in the table, and prints the final returns. `draw` shows the mean over seeds and their range, and
+the published figure that the README compares with as a dashed line; it needs matplotlib.
 """
 
 import argparse
@@ -18,6 +18,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 RESULTS = Path(__file__).resolve().parent / "results"
 POINTS = 60  # of a curve
+PUBLISHED = {  # sources in README.md; CleanRL and Tianshou: earlier versions of MuJoCo's tasks
+    "CartPole-v1": ("CleanRL", 490.0),
+    "Acrobot-v1": ("CleanRL", -86.4),
+    "LunarLander-v3 (b)": ("SB3 zoo", 242.1),
+    "MountainCar-v0 (a)": ("SB3 zoo", -110.4),
+    "TaxiDispatch-v0": ("optimum", 0.793),
+    "HalfCheetah-v5": ("CleanRL", 1443.0),
+    "HalfCheetah-v5 (c)": ("Tianshou", 5784.0),
+    "Hopper-v5": ("Tianshou", 2609.0),
+}
 
 
 def read(run: str) -> tuple[np.ndarray, np.ndarray]:
@@ -75,11 +85,15 @@ def draw() -> None:
         panel.plot(steps, values.mean(0), color="C0")
         panel.fill_between(steps, values.min(0), values.max(0), alpha=0.25, linewidth=0)
         panel.set_title(f"{task} ({len(runs)} seeds)", fontsize=9)
-        panel.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
+        if task in PUBLISHED:
+            source, value = PUBLISHED[task]
+            panel.axhline(value, color="0.3", linewidth=1, linestyle="--", label=source)
+            panel.legend(loc="lower right", fontsize=8)
+        panel.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:.0f}k")
         panel.tick_params(labelsize=8)
         panel.grid(alpha=0.3)
     figure.supxlabel("environment steps", fontsize=9)
-    figure.supylabel("mean return", fontsize=9)
+    figure.supylabel("mean return of 100 episodes", fontsize=9)
     plt.savefig(RESULTS / "curves.png", dpi=110)
 
 
