@@ -13,13 +13,15 @@ compiled (a C++ compiler is needed), which changes the speed and the rounding.
 Columns of the table: `final` is the mean return of the last 100 episodes, `mean` the average of
 that number over the training; the others are averages over the training of the tag of that name.
 
-`table` compares each variant with the base of its task: the difference of the mean final returns,
+`table` compares each variant with the base of its task, at the end of the training (`final`) and
+during it (`mean`, the area under the learning curve): the difference of the averages over seeds,
 divided by the distance between the base and `zero`, which is the return of random actions (100
 episodes) or of a policy that delivers nothing, with a 95% bootstrap interval over seeds. Over
-tasks: the interquartile mean (IQM) of the normalized scores and the probability that a run of the
-variant is better than one of the base, both with stratified bootstrap intervals (Agarwal et al.
-2021, arXiv 2108.13264). `plot` draws the differences, and the curves of the task whose values are
-near 200 (results/value_clip.csv, results/value_clip.png); it needs matplotlib.
+tasks: the interquartile mean (IQM) of the normalized final returns and the probability that a run
+of the variant ends better than one of the base, both with stratified bootstrap intervals (Agarwal
+et al. 2021, arXiv 2108.13264). Bold: the interval does not hold 0. Tasks with fewer than MIN_SEEDS
+runs are left out. `plot` draws the differences, and the curves of the task whose values are near
+200 (results/value_clip.csv, results/value_clip.png); it needs matplotlib.
 """
 
 import argparse
@@ -44,6 +46,7 @@ TAGS = ("losses/explained_variance", "losses/value_clipfrac", "losses/clipfrac",
 COLUMNS = ["task", "variant", "seed", "steps", "final", "mean"]
 COLUMNS += [tag.split("/")[1] for tag in TAGS] + ["commit"]
 SAMPLES = 2000  # of a bootstrap
+MIN_SEEDS = 3
 POINTS = 40  # of a curve
 
 
@@ -247,21 +250,20 @@ def train(job: Job, runs: Path, lock: Lock, commit: str) -> None:
     print(f"{job.task} | {job.variant} | seed {job.seed}: {row['final']}", flush=True)
 
 
-def scores() -> dict[str, dict[str, np.ndarray]]:
-    """{variant: {task: scores}}; 0 is `zero`, 1 the mean of the base's final returns."""
-    finals: dict[str, dict[str, list[float]]] = {}
+def scores(column: str) -> dict[str, dict[str, np.ndarray]]:
+    """{variant: {task: scores}} of a column; 0 is `zero`, 1 the average of the base."""
+    found: dict[str, dict[str, list[float]]] = {}
     for row in read_rows():
-        finals.setdefault(row["variant"], {}).setdefault(row["task"], []).append(
-            float(row["final"])
-        )
-    base = {task: np.mean(values) for task, values in finals["base"].items()}
+        by_task = found.setdefault(row["variant"], {})
+        by_task.setdefault(row["task"], []).append(float(row[column]))
+    base = {task: np.mean(values) for task, values in found["base"].items()}
     return {
         variant: {
             task: (np.array(values) - TASKS[task].zero) / (base[task] - TASKS[task].zero)
             for task, values in by_task.items()
-            if task in base
+            if min(len(values), len(found["base"].get(task, []))) >= MIN_SEEDS
         }
-        for variant, by_task in finals.items()
+        for variant, by_task in found.items()
     }
 
 
@@ -311,59 +313,73 @@ def compare(variant: dict[str, np.ndarray], base: dict[str, np.ndarray]) -> dict
 
 
 def describe(numbers: tuple[float, float, float]) -> str:
-    """A number with its interval."""
-    return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*numbers)
+    """A number with its interval, in bold type if that does not hold 0."""
+    text = "{:+.2f} [{:+.2f}, {:+.2f}]".format(*numbers)
+    return f"**{text}**" if numbers[1] > 0 or numbers[2] < 0 else text
 
 
 def table() -> None:
     """Write and print the comparison of every variant with its base."""
-    found = scores()
-    lines = ["| variant | task: difference to the base [95% interval], runs | IQM | P(better) |"]
-    lines += ["|---|---|---|---|"]
+    finals, means = scores("final"), scores("mean")
+    lines = ["| variant | task, seeds | difference at the end | during the training |"]
+    lines[0] += " IQM of all tasks | P(better) |"
+    lines += ["|---|---|---|---|---|---|"]
     for key in dict.fromkeys(key_of(question, name) for question, name, _, _ in VARIANTS):
-        if key not in found:
+        if not finals.get(key):
             continue
-        result = compare(found[key], found["base"])
-        cells = []
-        for task, numbers in result["differences"].items():
-            mark = "**" if numbers[1] > 0 or numbers[2] < 0 else ""
-            runs = len(found[key][task])
-            cells.append(f"{task.split(':')[-1]}: {mark}{describe(numbers)}{mark}, {runs}")
-        iqm = "{:.2f} [{:.2f}, {:.2f}]".format(*result["iqm"])
-        chance = "{:.2f} [{:.2f}, {:.2f}]".format(*result["improvement"])
-        lines.append(f"| {key} | {'<br>'.join(cells)} | {iqm} | {chance} |")
+        at_end, during = compare(finals[key], finals["base"]), compare(means[key], means["base"])
+        iqm = "{:.2f} [{:.2f}, {:.2f}]".format(*at_end["iqm"])
+        chance = "{:.2f} [{:.2f}, {:.2f}]".format(*at_end["improvement"])
+        columns = [[], [], []]
+        for task, numbers in at_end["differences"].items():
+            columns[0].append(f"{task.split(':')[-1]}, {len(finals[key][task])}")
+            columns[1].append(describe(numbers))
+            columns[2].append(describe(during["differences"][task]))
+        cells = " | ".join("<br>".join(column) for column in columns)
+        lines.append(f"| {key} | {cells} | {iqm} | {chance} |")
     text = "\n".join(lines) + "\n"
     (RESULTS / "ablation.md").write_text(text)
     print(text)
 
 
 def plot() -> None:
-    """One row a variant, one panel a task: the difference to the base and its interval."""
+    """One row a variant, one panel a task: the differences to the base and their intervals."""
     import matplotlib.pyplot as plt
 
-    found = scores()
-    tasks = [task for task in TASKS if task in found["base"]]
+    found = {"final": scores("final"), "mean": scores("mean")}
+    tasks = [task for task in TASKS if task in found["final"]["base"]]
     keys = list(dict.fromkeys(key_of(question, name) for question, name, _, _ in VARIANTS))
-    keys = [key for key in keys if key in found][::-1]
+    keys = [key for key in keys if found["final"].get(key)][::-1]
     figure, panels = plt.subplots(
         1, len(tasks), figsize=(3 + 1.6 * len(tasks), 1 + 0.21 * len(keys)), sharey=True,
         layout="constrained", squeeze=False,
     )  # fmt: skip
     for panel, task in zip(panels[0], tasks, strict=True):
         for y, key in enumerate(keys):
-            if task not in found[key]:
-                continue
-            values = {task: found[key][task]}
-            mean, low, high = compare(values, found["base"])["differences"][task]
-            color = "C2" if low > 0 else "C3" if high < 0 else "0.5"
-            panel.plot([max(low, -1.2), min(high, 1.2)], [y, y], color=color)
-            panel.plot(np.clip(mean, -1.2, 1.2), y, "o", color=color, markersize=4)
+            for column, shift, size in (("final", 0.12, 4), ("mean", -0.2, 2)):
+                by_task = found[column][key]
+                if task not in by_task:
+                    continue
+                differences = compare({task: by_task[task]}, found[column]["base"])["differences"]
+                mean, low, high = differences[task]
+                color = "C2" if low > 0 else "C3" if high < 0 else "0.5"
+                ends = np.clip((low, high), -1.2, 1.2)
+                panel.plot(ends, [y + shift] * 2, color=color, linewidth=size / 3)
+                panel.plot(np.clip(mean, -1.2, 1.2), y + shift, "o", color=color, markersize=size)
+            question, above = key.split(":")[0], keys[y - 1].split(":")[0]
+            if y and question != above:
+                panel.axhline(y - 0.5, color="black", linewidth=0.4)
         panel.axvline(0, color="black", linewidth=0.6)
+        panel.set_xscale("symlog", linthresh=0.1)
+        panel.set_xticks((-1, -0.1, -0.05, 0, 0.05, 0.1, 1), ("-1", "-.1", "", "0", "", ".1", "1"))
+        panel.set_xlim(-1.3, 1.3)
         panel.set_title(task.split(":")[-1], fontsize=8)
         panel.set_yticks(range(len(keys)), keys, fontsize=7)
+        panel.set_ylim(-0.6, len(keys) - 0.4)
         panel.tick_params(axis="x", labelsize=7)
-        panel.grid(axis="y", linewidth=0.3)
-    figure.supxlabel("difference to the base; -1: random actions", fontsize=8)
+        panel.grid(axis="x", linewidth=0.3)
+    words = "difference to the base (-1: as random actions); large: at the end, small: during the"
+    figure.supxlabel(f"{words} training; green: better, red: worse, grey: not known", fontsize=8)
     figure.savefig(RESULTS / "ablation.png", dpi=110)
 
 
