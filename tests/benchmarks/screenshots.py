@@ -25,9 +25,9 @@ FLAGS = {  # HPARAMS opens with the columns activation to anneal_lr
 }
 TAGS = "return_100|explained_variance|entropy|value_loss$"
 PAGES = {  # address and size of the window
-    "scalars": (f"scalars&tagFilter={quote(TAGS)}&_smoothingWeight=0.6", "1250,760"),
+    "scalars": (f"scalars&tagFilter={quote(TAGS)}&_smoothingWeight=0.6", "1140,730"),
     "hparams": ("hparams", "1720,420"),
-    "custom_scalars": ("custom_scalars", "1250,700"),
+    "custom_scalars": ("custom_scalars", "1140,690"),
 }
 PORT = 6016
 
