@@ -644,7 +644,9 @@ def ppo_loss(
     entropy = agent.entropy(dist)
     kl = agent.kl_divergence(batch["dists"], dist)
     ref_kl = torch.zeros_like(kl)
-    loss = policy_loss - ent_coef * entropy + args.vf_coef * value_loss
+    loss = policy_loss + args.vf_coef * value_loss
+    if args.ent_coef != 0 or args.ent_coef_final is not None:
+        loss = loss - ent_coef * entropy
     if args.kl_coef > 0 or args.kl_target is not None:
         loss = loss + kl_coef * kl
     if args.ref_checkpoint:
@@ -876,8 +878,6 @@ def train(
 
 def main() -> None:
     """Read the flags, make environments and agent, then train or evaluate."""
-    if {"True", "False"} & set(sys.argv):
-        fail("write a switch as --flag or --no-flag, without True or False")
     args = tyro.cli(Args, description=__doc__)
     checkpoint = {}
     if run_dir := args.eval or args.resume:

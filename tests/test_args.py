@@ -168,9 +168,7 @@ WRONG = [
     ("--vectorization threads", "envpool"),
     ("--env-kwargs {", "env-kwargs"),
     ("--env-kwargs gravity=3", "env-kwargs"),
-    # Switches
-    ("--anneal-lr False", "--no-"),
-    ("--no-anneal-lr True", "--no-"),
+    ("--anneal-lr False", "False"),
     ("--anneal-lr=False", "False"),
     # Sizes
     ("--num-minibatches 3", "3"),

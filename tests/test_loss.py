@@ -164,7 +164,8 @@ def naive_loss(
             ref_kl = sum(f * kl_divergence(p, q).sum() for f, p, q in pairs)
         total = args.vf_coef * value_loss
         if not critic_only:
-            total = total - objective - coefs[0] * entropy + args.ref_kl_coef * ref_kl
+            bonus = coefs[0] * entropy if args.ent_coef or args.ent_coef_final else 0.0
+            total = total - objective - bonus + args.ref_kl_coef * ref_kl
             if args.kl_coef or args.kl_target:
                 total = total + coefs[1] * kl
         loss = loss + weight * total
@@ -187,6 +188,7 @@ def naive_loss(
 
 
 ALL = {
+    "ent_coef": -0.1,  # on; the number is that of `coefs`
     "dual_clip_coef": 1.5,
     "vclip_coef": 0.2,
     "value_loss": "huber",
@@ -205,7 +207,7 @@ VARIANTS = {
     "penalty": {"kl_coef": 0.7},
     "penalty with target": {"kl_target": 0.01},
     "reference": {"ref_kl_coef": 0.3, "ref_checkpoint": "x"},
-    "coefficients": {"vf_coef": 0.1, "ent_coef": 9.0},  # the entropy's comes from `coefs`
+    "coefficients": {"vf_coef": 0.1, "ent_coef": 0.0, "ent_coef_final": 0.1},
     "shared": {"shared_network": True},
     "all": ALL,
 }

@@ -104,7 +104,7 @@ AGENT = "class Agent(nn.Module):\n"
 FLAG = "    norm_adv: bool = True  # standardize advantages\n"
 ADAM = "torch.optim.Adam(param_groups, fused=True)"
 METRIC = '            "losses/entropy": entropy,\n'
-ENTROPY = "    loss = policy_loss - ent_coef * entropy + args.vf_coef * value_loss\n"
+ENTROPY = "    loss = policy_loss + args.vf_coef * value_loss\n"
 PENALTY = "    ref_kl = torch.zeros_like(kl)\n"
 MEAN_STD = "            mean, std = masked_mean_std(advantages, mask.view(-1, scope))\n"
 STANDARDIZE = 'samples["advantages"] = ((advantages - mean) / (std + 1e-8)).flatten()\n'
