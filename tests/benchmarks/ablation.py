@@ -98,6 +98,8 @@ VARIANTS = [
     ("value clip", "0.2, popart", "--norm-value popart --clip-vloss", (*ALL, *SCALED)),
     ("value clip", "0.2, no gradient clip", "--max-grad-norm None", SCALED),
     ("value clip", "off, no gradient clip", "--no-clip-vloss --max-grad-norm None", SCALED),
+    ("value clip", "0.2, eps 1e-8", "--adam-eps 1e-8", SCALED),
+    ("value clip", "off, eps 1e-8", "--no-clip-vloss --adam-eps 1e-8", SCALED),
     ("advantage norm", "none", "--no-norm-adv", ALL),
     ("advantage norm", "over the batch", "--norm-adv-scope batch", ALL),
     ("observation norm", "on", "--norm-obs", DISCRETE),
