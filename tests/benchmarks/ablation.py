@@ -19,7 +19,7 @@ divided by the distance between the base and `zero`, which is the return of rand
 episodes) or of a policy that delivers nothing, with a 95% bootstrap interval over seeds. Over
 tasks: the interquartile mean (IQM) of the normalized final returns and the probability that a run
 of the variant ends better than one of the base, both with stratified bootstrap intervals (Agarwal
-et al. 2021, arXiv 2108.13264). Bold: the interval does not hold 0. Tasks with fewer than MIN_SEEDS
+et al. 2021, arXiv 2108.13264). Bold: the interval excludes 0. Tasks with fewer than MIN_SEEDS
 runs are left out. `plot` draws the differences, and the curves of the task whose values are near
 200 (results/value_clip.csv, results/value_clip.png); it needs matplotlib.
 """
@@ -315,7 +315,7 @@ def compare(variant: dict[str, np.ndarray], base: dict[str, np.ndarray]) -> dict
 
 
 def describe(numbers: tuple[float, float, float]) -> str:
-    """A number with its interval, in bold type if that does not hold 0."""
+    """A number with its interval, in bold type if that excludes 0."""
     text = "{:+.2f} [{:+.2f}, {:+.2f}]".format(*numbers)
     return f"**{text}**" if numbers[1] > 0 or numbers[2] < 0 else text
 

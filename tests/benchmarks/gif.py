@@ -2,8 +2,8 @@
 
     python tests/benchmarks/gif.py runs/RUN runs/RUN ...        # -> results/agents.gif
 
-Every directory is one of a run; the agent plays with the most probable actions, episode after
-episode, in FRAMES pictures. Needs pillow; MuJoCo without a display needs MUJOCO_GL=egl or osmesa.
+The arguments are run directories. Each agent plays with its most probable actions, episode after
+episode, for FRAMES pictures. Needs pillow; MuJoCo without a display needs MUJOCO_GL=egl or osmesa.
 """
 
 import argparse

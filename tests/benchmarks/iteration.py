@@ -1,12 +1,12 @@
-"""Time of an iteration and its parts, of several texts of the scripts, alternating in one process.
+"""Time of an iteration and its parts, of several versions of the scripts, in turn in one process.
 
     python tests/benchmarks/iteration.py --old CHECKOUT_OF_130f8f5          # all workloads
     python tests/benchmarks/iteration.py --old CHECKOUT_OF_130f8f5 --workloads masks --compile
     python tests/benchmarks/iteration.py --other CHECKOUT                   # beside your own edit
 
-Every text steps the same workload in turn, so that a change of the machine's speed meets them all;
-ratios of the medians repeat to about 3% where whole runs (speed.py) differ by 20%. Two texts are
-made here, to show what two wishes cost: `raw Adam` calls the fused kernel in place of
+Every version works on the same task in turn, so that changes of the machine's speed meet all;
+ratios of the medians repeat to about 3% where whole runs (speed.py) differ by 20%. Two versions
+are made here, to show what two features cost: `raw Adam` calls the fused kernel in place of
 `torch.optim.Adam.step`, and `raw modules` also calls the layers' functions in place of
 `nn.Module.__call__`, so that hooks and subclasses of layers no longer work.
 """
@@ -82,7 +82,7 @@ def load(root: Path, script: str) -> ModuleType:
 
 
 def parts_of(ppo: ModuleType, flags: dict, compiled: bool, raw: int) -> list[Callable]:
-    """Functions for rollout, batch and update of the present text."""
+    """Functions for rollout, batch and update of the present version."""
     args = ppo.Args(compile=compiled, **flags)
     torch.manual_seed(1)
     envs = ppo.make_envs(args, args.num_envs, 1)
@@ -149,29 +149,29 @@ def parts_of_130f8f5(ppo: ModuleType, flags: dict, compiled: bool) -> list[Calla
 
 
 def measure(workload: str, compiled: bool, old: Path | None, other: Path | None) -> None:
-    """Time a workload and print the medians, and their ratios to those of the first text."""
+    """Time a workload and print the medians, and their ratios to those of the first version."""
     script, flags, threads, iterations = WORKLOADS[workload]
     torch.set_num_threads(threads)
     torch._dynamo.config.trace_autograd_ops = compiled
-    texts = {}
+    versions = {}
     if old:
-        texts["130f8f5"] = parts_of_130f8f5(load(old, script), flags, compiled)
+        versions["130f8f5"] = parts_of_130f8f5(load(old, script), flags, compiled)
     if other:
-        texts["other"] = parts_of(load(other, script), flags, compiled, 0)
+        versions["other"] = parts_of(load(other, script), flags, compiled, 0)
     for raw, name in enumerate(("now", "raw Adam", "raw modules")):
-        texts[name] = parts_of(load(ROOT, script), flags, compiled, raw)
-    times = {name: [] for name in texts}
+        versions[name] = parts_of(load(ROOT, script), flags, compiled, raw)
+    times = {name: [] for name in versions}
     for iteration in range(iterations + 3):
-        order = list(texts) if iteration % 2 else list(texts)[::-1]
+        order = list(versions) if iteration % 2 else list(versions)[::-1]
         for name in order:
             marks = [time.perf_counter()]
-            for part in texts[name]:
+            for part in versions[name]:
                 part()
                 marks.append(time.perf_counter())
             if iteration >= 3:
                 times[name].append(np.diff(marks))
     first = None
-    for name in texts:
+    for name in versions:
         parts = 1e3 * np.median(times[name], 0)
         parts = np.append(parts, parts.sum())
         first = parts if first is None else first
@@ -184,7 +184,7 @@ def main() -> None:
     """Measure what is asked for."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--old", type=Path, help="checkout of commit 130f8f5")
-    parser.add_argument("--other", type=Path, help="checkout of a text with the present functions")
+    parser.add_argument("--other", type=Path, help="checkout of a version with the same functions")
     parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=list(WORKLOADS))
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
