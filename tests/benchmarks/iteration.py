@@ -5,7 +5,7 @@
     python tests/benchmarks/iteration.py --other CHECKOUT                   # beside your own edit
 
 Every version works on the same task in turn, so that changes of the machine's speed meet all;
-ratios of the medians repeat to about 3% where whole runs (speed.py) differ by 20%. Two versions
+ratios of the medians repeat to about 0.03 where whole runs (speed.py) differ by 20%. Two versions
 are made here, to show what two features cost: `raw Adam` calls the fused kernel in place of
 `torch.optim.Adam.step`, and `raw modules` also calls the layers' functions in place of
 `nn.Module.__call__`, so that hooks and subclasses of layers no longer work.
