@@ -523,7 +523,7 @@ class Agent(nn.Module):
         scores = scores.masked_fill(~masks, -torch.inf)
         best = [head.max(-1) for head in scores.split(self.nvec, -1)]
         best_scores = torch.stack([head.values for head in best], -1)
-        if best_scores.min() == -torch.inf:
+        if (best_scores == -torch.inf).any():
             n, head = best_scores.isinf().nonzero()[0].tolist()
             raise ValueError(f"environment {n} of process {RANK}: head {head} has no valid action")
         return torch.stack([head.indices for head in best], -1)

@@ -169,6 +169,7 @@ WRONG = [
     ("--env-kwargs {", "env-kwargs"),
     ("--env-kwargs gravity=3", "env-kwargs"),
     ("--anneal-lr False", "False"),
+    ("--no-anneal-lr True", "True"),
     ("--anneal-lr=False", "False"),
     # Sizes
     ("--num-minibatches 3", "3"),
@@ -188,7 +189,6 @@ WRONG = [
     ("--env-id Tuple-v0", "Tuple"),
     ("--env-id Sequence-v0", "Sequence"),
     ("--env-id Graph-v0", "Graph"),
-    # Directories
     ("--resume missing", "missing"),
     ("--eval missing", "missing"),
     ("--ref-checkpoint missing", "missing"),

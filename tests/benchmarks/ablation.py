@@ -368,8 +368,7 @@ def plot() -> None:
                 ends = np.clip((low, high), -1.2, 1.2)
                 panel.plot(ends, [y + shift] * 2, color=color, linewidth=size / 3)
                 panel.plot(np.clip(mean, -1.2, 1.2), y + shift, "o", color=color, markersize=size)
-            question, above = key.split(":")[0], keys[y - 1].split(":")[0]
-            if y and question != above:
+            if y and key.split(":")[0] != keys[y - 1].split(":")[0]:  # another question
                 panel.axhline(y - 0.5, color="black", linewidth=0.4)
         panel.axvline(0, color="black", linewidth=0.6)
         panel.set_xscale("symlog", linthresh=0.1)
@@ -381,7 +380,9 @@ def plot() -> None:
         panel.tick_params(axis="x", labelsize=7)
         panel.grid(axis="x", linewidth=0.3)
     words = "difference to the base (-1: as random actions); large: at the end, small: during the"
-    figure.supxlabel(f"{words} training; green: better, red: worse, grey: not known", fontsize=8)
+    figure.supxlabel(
+        f"{words} training; green: better, red: worse, grey: no difference shown", fontsize=8
+    )
     figure.savefig(RESULTS / "ablation.png", dpi=110)
 
 
