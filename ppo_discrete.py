@@ -41,6 +41,7 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 Batch = dict[str, Tensor]
+Array = np.ndarray
 JsonObject = Annotated[dict, tyro.conf.arg(constructor=json.loads, metavar="JSON")]
 
 
@@ -467,20 +468,16 @@ def process_rewards(agent: Agent, rollout: Rollout, args: Args) -> None:
 
 
 def compute_advantages(
-    rewards: Tensor, values: Tensor, next_values: Tensor, dones: Tensor, gamma: float, lam: float
-) -> Tensor:
-    """Generalized advantage estimates (Schulman et al. 2016, eq. 16); all [T, N].
-
-    A[t] = delta[t] + decay[t] * A[t + 1]; each pass doubles the number of deltas in sums[t].
-    """
-    sums = rewards + gamma * next_values - values
-    decay = gamma * lam * ~dones
-    span = 1
-    while span < len(sums):
-        sums = torch.cat((sums[:-span] + decay[:-span] * sums[span:], sums[-span:]))
-        decay = torch.cat((decay[:-span] * decay[span:], decay[-span:]))
-        span *= 2
-    return sums
+    rewards: Array, values: Array, next_values: Array, dones: Array, gamma: float, lam: float
+) -> Array:
+    """Generalized advantage estimates (Schulman et al. 2016, eq. 16); all [T, N]."""
+    deltas = rewards + gamma * next_values - values
+    advantages = np.zeros_like(deltas)
+    advantage = np.zeros_like(deltas[0])
+    for t in reversed(range(len(deltas))):
+        advantage = deltas[t] + gamma * lam * ~dones[t] * advantage
+        advantages[t] = advantage
+    return advantages
 
 
 @torch.no_grad()
@@ -496,20 +493,22 @@ def compute_targets(agent: Agent, rollout: Rollout, args: Args) -> tuple[Tensor,
     """Distributions [B, D], values, advantages and value targets [B] under the current agent."""
     obs = torch.from_numpy(rollout.obs).to(agent.value_norm.mean.device)
     dists, values = evaluate_policy(agent, obs.flatten(0, 1))
-    values = values.view(obs.shape[:2])
-    next_values = values[1:].clone()  # NEXT_STEP: the row after an end holds its final observation
+    values = values.view(obs.shape[:2]).cpu().numpy()
+    next_values = values[1:].copy()  # NEXT_STEP: the row after an end holds its final observation
     if rollout.final_obs:
         t, n, final_obs = zip(*rollout.final_obs, strict=True)
-        next_values[t, n] = evaluate_policy(agent, torch.from_numpy(np.stack(final_obs)).to(obs))[1]
-    terminated = torch.from_numpy(rollout.terminated).to(obs.device)
-    dones = terminated | torch.from_numpy(rollout.truncated).to(obs.device)
-    rewards = torch.from_numpy(rollout.rewards).to(values)
-    steps = (rewards, values[:-1], next_values * ~terminated, dones, args.gamma)
+        final_obs = torch.from_numpy(np.stack(final_obs)).to(obs)
+        _, final_values = evaluate_policy(agent, final_obs)
+        next_values[t, n] = final_values.cpu().numpy()
+    dones = rollout.terminated | rollout.truncated
+    next_values *= ~rollout.terminated
+    steps = (rollout.rewards, values[:-1], next_values, dones, args.gamma)
     advantages = target_advantages = compute_advantages(*steps, args.gae_lambda)
     if args.value_target != "gae":  # lambda = 1: A + V is the discounted return; 0: one step
         target_advantages = compute_advantages(*steps, 1.0 if args.value_target == "mc" else 0.0)
-    targets = values[:-1] + target_advantages
-    return dists[: rewards.numel()], values[:-1].flatten(), advantages.flatten(), targets.flatten()
+    arrays = (values[:-1], advantages, values[:-1] + target_advantages)
+    values, advantages, targets = (torch.from_numpy(x.flatten()).to(dists) for x in arrays)
+    return dists[: len(values)], values, advantages, targets
 
 
 @torch.no_grad()

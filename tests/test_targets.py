@@ -132,20 +132,20 @@ def sums(
 @pytest.mark.parametrize("gamma, lam", [(0.99, 0.95), (1.0, 1.0), (0.9, 0.0), (0.0, 0.5)])
 @pytest.mark.parametrize("t, n", [(1, 1), (1, 4), (2, 2), (7, 1), (16, 2), (23, 5)])
 def test_compute_advantages(t: int, n: int, gamma: float, lam: float) -> None:
-    """Equation 16 of the GAE paper, in a loop; the arguments stay as they are."""
+    """The sum of equation 16 of the GAE paper, term by term; the arguments stay as they are."""
     rng = np.random.default_rng(10 * t + n)
-    arrays = rewards, values, next_values = rng.normal(size=(3, t, n))
-    dones = rng.random((t, n)) < 0.3
-    dones[-1, 0] = True
-    expected = np.zeros((t + 1, n))
-    for i in reversed(range(t)):
-        deltas = rewards[i] + gamma * next_values[i] - values[i]
-        expected[i] = deltas + gamma * lam * ~dones[i] * expected[i + 1]
-    inputs = [torch.tensor(x) for x in (*arrays, dones)]
+    originals = [*rng.normal(size=(3, t, n)), rng.random((t, n)) < 0.3]
+    rewards, values, next_values, dones = originals
+    expected = np.zeros((t, n))
+    for i in range(t):
+        weight = np.ones(n)
+        for k in range(i, t):
+            expected[i] += weight * (rewards[k] + gamma * next_values[k] - values[k])
+            weight *= gamma * lam * (1 - dones[k])
+    inputs = [x.copy() for x in originals]
     advantages = ppo_discrete.compute_advantages(*inputs, gamma, lam)
-    np.testing.assert_allclose(advantages, expected[:-1], atol=1e-6)  # the factors are in float32
-    for x, original in zip(inputs, (*arrays, dones), strict=True):
-        np.testing.assert_array_equal(x, original)
+    np.testing.assert_allclose(advantages, expected, atol=1e-12)
+    np.testing.assert_array_equal(inputs, originals)
 
 
 @scripts
