@@ -622,11 +622,8 @@ def ppo_loss(
     negative_advantages = -batch["advantages"]
     logratio = agent.log_prob(dist, batch["actions"]) - batch["logprobs"]
     ratio = logratio.exp()
-    policy_loss = negative_advantages * ratio
-    clipped_ratio = ratio.detach().clamp(1 - clip_coef, 1 + clip_coef)
-    clipped_loss = negative_advantages * clipped_ratio
-    # The maximum of both; where the clipped loss is larger it has no gradient, hence `detach`
-    policy_loss = torch.where(clipped_loss > policy_loss, clipped_loss, policy_loss)
+    clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
+    policy_loss = torch.max(negative_advantages * ratio, negative_advantages * clipped_ratio)
     if args.dual_clip_coef is not None:
         bounded_loss = torch.min(policy_loss, negative_advantages * args.dual_clip_coef)
         policy_loss = torch.where(negative_advantages > 0, bounded_loss, policy_loss)
@@ -635,10 +632,9 @@ def ppo_loss(
     delta = 1.0 if args.value_loss == "huber" else torch.inf  # inf: half the squared error
     value_error = partial(F.huber_loss, target=batch["targets"], reduction="none", delta=delta)
     value_loss = unclipped_value_loss = value_error(values)
-    clipped_values = values.detach().clamp(batch["values"] - vclip, batch["values"] + vclip)
+    clipped_values = values.clamp(batch["values"] - vclip, batch["values"] + vclip)
     if args.clip_vloss:
-        clipped_loss = value_error(clipped_values)
-        value_loss = torch.where(clipped_loss > value_loss, clipped_loss, value_loss)
+        value_loss = torch.max(value_loss, value_error(clipped_values))
     # Entropy bonus, and penalties on KL(old, new) (PPO, eq. 8) and KL(new, reference)
     entropy = agent.entropy(dist)
     kl = agent.kl_divergence(batch["dists"], dist)
