@@ -58,6 +58,11 @@ class Task(NamedTuple):
     zero: float  # return with score 0: of random actions, or of a policy that delivers nothing
 
 
+RECIPE = (  # the recipe of the README for all MuJoCo tasks
+    "--num-envs 64 --num-steps 32 --hidden-sizes 128 128 --log-std-init -1 --no-norm-adv "
+    "--recompute-advantages --norm-value running --no-norm-reward --no-clip-vloss --vf-coef 0.25 "
+    "--ent-coef 0.005 --ent-coef-final 0"
+)
 MICRORTS = "tests.envs.microrts:MicroRTSMining10x10-v0"
 TASKS = {
     "Acrobot-v1": Task("ppo_discrete.py", "--total-timesteps 500000", -500.0),
@@ -69,8 +74,8 @@ TASKS = {
         -182.0,
     ),
     "CartPoleTimes2-v0": Task("ppo_discrete.py", "--total-timesteps 200000", 45.0),
-    "Hopper-v5": Task("ppo_continuous.py", "--total-timesteps 500000", 19.0),
-    "HalfCheetah-v5": Task("ppo_continuous.py", "--total-timesteps 500000", -293.0),
+    "Hopper-v5": Task("ppo_continuous.py", f"--total-timesteps 500000 {RECIPE}", 19.0),
+    "HalfCheetah-v5": Task("ppo_continuous.py", f"--total-timesteps 500000 {RECIPE}", -293.0),
     "TaxiDispatch-v0": Task("ppo_multidiscrete_mask.py", "--total-timesteps 1000000", -20.0),
     MICRORTS: Task(
         "ppo_multidiscrete_mask.py",
@@ -88,34 +93,41 @@ CONTROL = (*DISCRETE, *CONTINUOUS)  # where values, advantages and targets are c
 SCALED = ("CartPoleTimes2-v0",)
 MASKS = ("TaxiDispatch-v0", MICRORTS)
 ALL = (*CONTROL, *MASKS)
-CLIPPED = (*ACROBOT, *CONTINUOUS, *MASKS, *SCALED)  # tasks whose base has the value clip
+CLIPPED = (*ACROBOT, *MASKS, *SCALED)  # tasks whose base has the value clip
+NOT_NORMED = (*DISCRETE, *MASKS, *SCALED)  # tasks whose base does not standardize targets
 # question, variant, flags beside the base, tasks
 VARIANTS = [
     ("value clip", "off", "--no-clip-vloss", CLIPPED),
     ("value clip", "0.2", "--clip-vloss", LUNAR),
     ("value clip", "0.2, value norm", "--norm-value running --clip-vloss", (*ALL, *SCALED)),
-    ("value clip", "off, value norm", "--norm-value running --no-clip-vloss", (*ALL, *SCALED)),
-    ("value clip", "0.2, popart", "--norm-value popart --clip-vloss", (*ALL, *SCALED)),
+    ("value clip", "off, value norm", "--norm-value running --no-clip-vloss", NOT_NORMED),
+    ("value clip", "0.2, popart", "--norm-value popart --clip-vloss", NOT_NORMED),
+    ("value norm", "none", "--norm-value none", CONTINUOUS),
+    ("value norm", "none, value clip 0.2", "--norm-value none --clip-vloss", CONTINUOUS),
+    ("value norm", "none, but reward norm", "--norm-value none --norm-reward", CONTINUOUS),
+    ("value norm", "popart", "--norm-value popart", CONTINUOUS),
     ("value clip", "0.2, no gradient clip", "--max-grad-norm None", SCALED),
     ("value clip", "off, no gradient clip", "--no-clip-vloss --max-grad-norm None", SCALED),
     ("value clip", "0.2, eps 1e-8", "--adam-eps 1e-8", SCALED),
     ("value clip", "off, eps 1e-8", "--no-clip-vloss --adam-eps 1e-8", SCALED),
-    ("advantage norm", "none", "--no-norm-adv", ALL),
-    ("advantage norm", "over the batch", "--norm-adv-scope batch", ALL),
+    ("advantage norm", "none", "--no-norm-adv", (*DISCRETE, *MASKS)),
+    ("advantage norm", "over the minibatch", "--norm-adv", CONTINUOUS),
+    ("advantage norm", "over the batch", "--norm-adv --norm-adv-scope batch", ALL),
     ("observation norm", "on", "--norm-obs", DISCRETE),
     ("observation norm", "on, no clip", "--norm-obs --clip-obs None", DISCRETE),
     ("observation norm", "off", "--no-norm-obs", CONTINUOUS),
     ("observation norm", "no clip", "--clip-obs None", CONTINUOUS),
-    ("reward norm", "on", "--norm-reward", ACROBOT),
-    ("reward norm", "on, no clip", "--norm-reward --clip-reward None", ACROBOT),
-    ("reward norm", "off", "--no-norm-reward", (*LUNAR, *CONTINUOUS)),
-    ("reward norm", "no clip", "--clip-reward None", (*LUNAR, *CONTINUOUS)),
+    ("reward norm", "on", "--norm-reward", (*ACROBOT, *CONTINUOUS)),
+    ("reward norm", "on, no clip", "--norm-reward --clip-reward None", (*ACROBOT, *CONTINUOUS)),
+    ("reward norm", "off", "--no-norm-reward", LUNAR),
+    ("reward norm", "no clip", "--clip-reward None", LUNAR),
     ("critic's target", "Monte-Carlo", "--value-target mc", CONTROL),
     ("critic's target", "one step", "--value-target td", CONTROL),
     ("critic's target", "lambda 0.9", "--gae-lambda 0.9", CONTROL),
     ("critic's target", "lambda 0.95", "--gae-lambda 0.95", LUNAR),
     ("critic's target", "lambda 0.99", "--gae-lambda 0.99", CONTROL),
-    ("critic's target", "recomputed", "--recompute-advantages", CONTROL),
+    ("critic's target", "recomputed", "--recompute-advantages", DISCRETE),
+    ("critic's target", "not recomputed", "--no-recompute-advantages", CONTINUOUS),
     ("critic's target", "truncation as an end", "--no-bootstrap-truncated", CONTROL),
     ("policy loss", "clip 0.1", "--clip-coef 0.1 --vclip-coef 0.2", CONTROL),
     ("policy loss", "clip 0.3", "--clip-coef 0.3 --vclip-coef 0.2", CONTROL),
@@ -143,10 +155,10 @@ VARIANTS = [
     ("network", "PyTorch's initialization", "--no-ortho-init", CONTROL),
     ("network", "ReLU", "--activation relu", CONTROL),
     ("network", "shared trunk", "--shared-network", CONTROL),
-    ("entropy bonus", "none", "--ent-coef 0", DISCRETE),
-    ("entropy bonus", "0.01", "--ent-coef 0.01", CONTINUOUS),
+    ("entropy bonus", "none", "--ent-coef 0 --ent-coef-final None", CONTROL),
+    ("entropy bonus", "constant", "--ent-coef-final None", CONTINUOUS),
     ("entropy bonus", "0.01 to 0", "--ent-coef 0.01 --ent-coef-final 0", CONTROL),
-    ("sigma", "fixed, e^0 to e^-2", "--std fixed --log-std-final -2", CONTINUOUS),
+    ("sigma", "fixed, e^-1 to e^-2", "--std fixed --log-std-final -2", CONTINUOUS),
     ("sigma", "from the state", "--std state", CONTINUOUS),
     ("sigma", "beta distribution", "--distribution beta", CONTINUOUS),
     ("masks", "none", "--mask none", MASKS),
@@ -220,24 +232,29 @@ def measure(run_dir: Path) -> tuple[dict[str, float], list[dict[str, float]]]:
     return row, points
 
 
+def run_script(script: str, env_id: str, seed: int, flags: str, run_dir: Path) -> None:
+    """Train a run to its end, from its checkpoint if it has one."""
+    command = [sys.executable, str(ROOT / script), "--no-progress", "--no-cuda"]
+    if (run_dir / "checkpoint.pt").exists():
+        command += ["--resume", str(run_dir)]
+    else:
+        shutil.rmtree(run_dir, ignore_errors=True)
+        command += ["--env-id", env_id, "--seed", str(seed), "--run-dir", str(run_dir)]
+        command += ["--compile", *shlex.split(flags)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    # a run that was complete before its row was written is refused, and only measured
+    if result.returncode and "is complete" not in result.stderr:
+        print(f"FAILED {shlex.join(command)}\n{result.stderr}", flush=True)
+        raise RuntimeError(f"{run_dir} failed")
+
+
 def train(job: Job, runs: Path, lock: Lock, commit: str) -> None:
     """Train, or continue, one run and append its row; the run's directory is removed."""
     task = TASKS[job.task]
     slug = "".join(c if c.isalnum() else "-" for c in f"{job.task}-{job.variant}-{job.seed}")
     run_dir = runs / slug
-    command = [sys.executable, str(ROOT / task.script), "--no-progress", "--no-cuda"]
-    if (run_dir / "checkpoint.pt").exists():
-        command += ["--resume", str(run_dir)]
-    else:
-        shutil.rmtree(run_dir, ignore_errors=True)
-        command += ["--env-id", MODULES.get(job.task, "") + job.task, "--seed", str(job.seed)]
-        command += ["--run-dir", str(run_dir), "--compile"]
-        command += [*shlex.split(task.flags), *shlex.split(job.flags)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    # a run that was complete before its row was written is refused, and only measured
-    if result.returncode and "is complete" not in result.stderr:
-        print(f"FAILED {job}\n{result.stderr}", flush=True)
-        raise RuntimeError(f"{job} failed")
+    env_id = MODULES.get(job.task, "") + job.task
+    run_script(task.script, env_id, job.seed, f"{task.flags} {job.flags}", run_dir)
     numbers, points = measure(run_dir)
     row = {"task": job.task, "variant": job.variant, "seed": job.seed, "commit": commit}
     row |= {name: round(value, 4) for name, value in numbers.items()}

@@ -5,9 +5,10 @@
     python tests/benchmarks/one_recipe.py table                    # results/one_recipe.md
 
 1M steps, one thread a run. `ours`: ppo_continuous.py with RECIPE. `sb3`: Stable-Baselines3 with the
-same settings, but for recomputed advantages, which it does not have. `zoo`: Stable-Baselines3 with
-the tuned settings of rl-baselines3-zoo, those of the newest earlier version of the task if it has
-one (`pip install --no-deps rl_zoo3 pyyaml`). A run that has ended is a row of
+same settings as far as it has them: no recomputed advantages, no entropy bonus (it cannot anneal
+it), and normalized rewards in place of standardized targets. `zoo`: Stable-Baselines3 with the
+tuned settings of rl-baselines3-zoo, those of the newest earlier version of the task if it has one
+(`pip install --no-deps rl_zoo3 pyyaml`). A run that has ended is a row of
 results/one_recipe.csv; `final` is the mean return of the last 100 episodes. One of ours that was
 interrupted continues from its checkpoint.
 """
@@ -16,8 +17,6 @@ import argparse
 import csv
 import importlib.util
 import json
-import shlex
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -25,17 +24,12 @@ from pathlib import Path
 from threading import Lock
 
 import numpy as np
-from ablation import measure
+from ablation import RECIPE, ROOT, measure, run_script
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 CSV = RESULTS / "one_recipe.csv"
 STEPS = 1_000_000
-RECIPE = (
-    "--num-envs 64 --num-steps 32 --no-norm-adv --recompute-advantages --no-clip-vloss "
-    "--vf-coef 0.25 --log-std-init -0.5"
-)
-SAME = {  # RECIPE and the defaults in the words of Stable-Baselines3
+SAME = {  # RECIPE and our defaults in the words of Stable-Baselines3
     "n_envs": 64,
     "normalize": True,
     "n_steps": 32,
@@ -49,7 +43,7 @@ SAME = {  # RECIPE and the defaults in the words of Stable-Baselines3
     "vf_coef": 0.25,
     "max_grad_norm": 0.5,
     "learning_rate": "lin_3e-4",
-    "policy_kwargs": "dict(log_std_init=-0.5, optimizer_kwargs=dict(eps=1e-5))",
+    "policy_kwargs": "dict(net_arch=[128, 128], log_std_init=-1, optimizer_kwargs=dict(eps=1e-5))",
 }
 # task: mean and deviation of the better published figure, and its source
 PUBLISHED = {
@@ -107,21 +101,15 @@ def final_return(who: str, task: str, seed: int, runs: Path) -> float:
     """Train, and read the mean return of the last 100 episodes."""
     if who == "ours":
         run_dir = runs / f"{task}-{seed}"
-        command = [sys.executable, str(ROOT / "ppo_continuous.py"), "--no-progress", "--no-cuda"]
-        if (run_dir / "checkpoint.pt").exists():
-            command += ["--resume", str(run_dir)]
-        else:
-            shutil.rmtree(run_dir, ignore_errors=True)
-            command += ["--env-id", task, "--seed", str(seed), "--run-dir", str(run_dir)]
-            command += ["--compile", "--total-timesteps", str(STEPS), *shlex.split(RECIPE)]
-    else:
-        settings = SAME if who == "sb3" else settings_of_zoo(task)
-        command = [sys.executable, "-c", SB3, json.dumps([task, seed, STEPS, settings])]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    # a run of ours that was complete before its row was written is refused, and only measured
-    if result.returncode and "is complete" not in result.stderr:
+        flags = f"--total-timesteps {STEPS} {RECIPE}"
+        run_script("ppo_continuous.py", task, seed, flags, run_dir)
+        return measure(run_dir)[0]["final"]
+    settings = SAME if who == "sb3" else settings_of_zoo(task)
+    command = [sys.executable, "-c", SB3, json.dumps([task, seed, STEPS, settings])]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
         raise RuntimeError(f"{who} {task} {seed} failed\n{result.stderr}")
-    return measure(run_dir)[0]["final"] if who == "ours" else float(result.stdout.split()[-1])
+    return float(result.stdout.split()[-1])
 
 
 def run(who: list[str], tasks: list[str], seeds: int, workers: int, runs: Path) -> None:
