@@ -59,9 +59,9 @@ class Task(NamedTuple):
 
 
 RECIPE = (  # the recipe of the README for all MuJoCo tasks
-    "--num-envs 64 --num-steps 32 --hidden-sizes 128 128 --log-std-init -1 --no-norm-adv "
-    "--recompute-advantages --norm-value running --no-norm-reward --no-clip-vloss --vf-coef 0.25 "
-    "--ent-coef 0.005 --ent-coef-final 0"
+    "--num-envs 64 --num-steps 32 --hidden-sizes 128 128 --std fixed --log-std-init -1 "
+    "--log-std-final -2 --no-norm-adv --recompute-advantages --norm-value running "
+    "--no-norm-reward --no-clip-vloss --vf-coef 0.25 --max-grad-norm None"
 )
 MICRORTS = "tests.envs.microrts:MicroRTSMining10x10-v0"
 TASKS = {
@@ -95,6 +95,7 @@ MASKS = ("TaxiDispatch-v0", MICRORTS)
 ALL = (*CONTROL, *MASKS)
 CLIPPED = (*ACROBOT, *MASKS, *SCALED)  # tasks whose base has the value clip
 NOT_NORMED = (*DISCRETE, *MASKS, *SCALED)  # tasks whose base does not standardize targets
+LEARNED = "--std independent --log-std-final None"  # the base's sigma follows a schedule
 # question, variant, flags beside the base, tasks
 VARIANTS = [
     ("value clip", "off", "--no-clip-vloss", CLIPPED),
@@ -148,19 +149,21 @@ VARIANTS = [
     ("critic", "epochs x 2", "--critic-epochs 4", ACROBOT),
     ("critic", "epochs x 2", "--critic-epochs 10", (*LUNAR, *CONTINUOUS)),
     ("critic", "warm-up of 10 iterations", "--critic-warmup-iterations 10", CONTROL),
-    ("optimizer", "no gradient clip", "--max-grad-norm None", CONTROL),
+    ("optimizer", "no gradient clip", "--max-grad-norm None", DISCRETE),
+    ("optimizer", "gradient clip 0.5", "--max-grad-norm 0.5", CONTINUOUS),
     ("optimizer", "eps 1e-8", "--adam-eps 1e-8", CONTROL),
     ("optimizer", "eps 1e-3", "--adam-eps 1e-3", CONTROL),
     ("optimizer", "constant learning rate", "--no-anneal-lr", CONTROL),
     ("network", "PyTorch's initialization", "--no-ortho-init", CONTROL),
     ("network", "ReLU", "--activation relu", CONTROL),
     ("network", "shared trunk", "--shared-network", CONTROL),
-    ("entropy bonus", "none", "--ent-coef 0 --ent-coef-final None", CONTROL),
-    ("entropy bonus", "constant", "--ent-coef-final None", CONTINUOUS),
-    ("entropy bonus", "0.01 to 0", "--ent-coef 0.01 --ent-coef-final 0", CONTROL),
-    ("sigma", "fixed, e^-1 to e^-2", "--std fixed --log-std-final -2", CONTINUOUS),
-    ("sigma", "from the state", "--std state", CONTINUOUS),
-    ("sigma", "beta distribution", "--distribution beta", CONTINUOUS),
+    ("entropy bonus", "none", "--ent-coef 0", DISCRETE),
+    ("entropy bonus", "0.01 to 0", "--ent-coef 0.01 --ent-coef-final 0", DISCRETE),
+    ("sigma", "constant e^-1", "--log-std-final None", CONTINUOUS),
+    ("sigma", "learned", LEARNED, CONTINUOUS),
+    ("sigma", "learned, entropy bonus", f"{LEARNED} --ent-coef 0.01", CONTINUOUS),
+    ("sigma", "from the state", f"{LEARNED} --std state", CONTINUOUS),
+    ("sigma", "beta distribution", f"{LEARNED} --distribution beta", CONTINUOUS),
     ("masks", "none", "--mask none", MASKS),
     ("masks", "independent", "--mask independent", MASKS),
 ]

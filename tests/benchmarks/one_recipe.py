@@ -5,8 +5,8 @@
     python tests/benchmarks/one_recipe.py table                    # results/one_recipe.md
 
 1M steps, one thread a run. `ours`: ppo_continuous.py with RECIPE. `sb3`: Stable-Baselines3 with the
-same settings as far as it has them: no recomputed advantages, no entropy bonus (it cannot anneal
-it), and normalized rewards in place of standardized targets. `zoo`: Stable-Baselines3 with the
+same settings as far as it has them: no recomputed advantages, a learned std in place of the
+schedule, normalized rewards in place of standardized targets. `zoo`: Stable-Baselines3 with the
 tuned settings of rl-baselines3-zoo, those of the newest earlier version of the task if it has one
 (`pip install --no-deps rl_zoo3 pyyaml`). A run that has ended is a row of
 results/one_recipe.csv; `final` is the mean return of the last 100 episodes. One of ours that was
@@ -41,7 +41,7 @@ SAME = {  # RECIPE and our defaults in the words of Stable-Baselines3
     "normalize_advantage": False,
     "ent_coef": 0.0,
     "vf_coef": 0.25,
-    "max_grad_norm": 0.5,
+    "max_grad_norm": 1e9,
     "learning_rate": "lin_3e-4",
     "policy_kwargs": "dict(net_arch=[128, 128], log_std_init=-1, optimizer_kwargs=dict(eps=1e-5))",
 }
