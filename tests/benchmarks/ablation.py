@@ -59,9 +59,10 @@ class Task(NamedTuple):
 
 
 RECIPE = (  # the recipe of the README for all MuJoCo tasks
-    "--num-envs 64 --num-steps 32 --hidden-sizes 128 128 --std fixed --log-std-init -1 "
-    "--log-std-final -2 --no-norm-adv --recompute-advantages --norm-value running "
-    "--no-norm-reward --no-clip-vloss --vf-coef 0.25 --max-grad-norm None"
+    "--num-envs 16 --num-steps 128 --hidden-sizes 128 128 --gamma 0.993 --std fixed "
+    "--log-std-init -1 --log-std-final -2 --no-norm-adv --recompute-advantages "
+    "--norm-value running --no-norm-reward --no-clip-vloss --vf-coef 0.25 --max-grad-norm None "
+    "--target-kl 0.05"
 )
 MICRORTS = "tests.envs.microrts:MicroRTSMining10x10-v0"
 TASKS = {
@@ -140,6 +141,7 @@ VARIANTS = [
         "--clip-coef None --vclip-coef 0.2 --kl-coef 1 --kl-target 0.01",
         CONTROL,
     ),
+    ("policy loss", "target KL none", "--target-kl None", CONTINUOUS),
     ("policy loss", "target KL 0.02", "--target-kl 0.02", CONTROL),
     ("policy loss", "dual clip 3", "--dual-clip-coef 3", CONTROL),
     ("critic", "Huber loss", "--value-loss huber", CONTROL),
