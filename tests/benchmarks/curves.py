@@ -14,20 +14,19 @@ from glob import glob
 from pathlib import Path
 
 import numpy as np
+from one_recipe import PUBLISHED as MUJOCO
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 RESULTS = Path(__file__).resolve().parent / "results"
 POINTS = 60  # of a curve
-PUBLISHED = {  # sources in README.md; CleanRL and Tianshou: earlier versions of MuJoCo's tasks
-    "CartPole-v1": ("CleanRL", 490.0),
-    "Acrobot-v1": ("CleanRL", -86.4),
-    "LunarLander-v3 (b)": ("SB3 zoo", 242.1),
-    "MountainCar-v0 (a)": ("SB3 zoo", -110.4),
-    "TaxiDispatch-v0": ("optimum", 0.793),
-    "HalfCheetah-v5": ("CleanRL", 1443.0),
-    "HalfCheetah-v5 (c)": ("Tianshou", 5784.0),
-    "Hopper-v5": ("Tianshou", 2609.0),
+PUBLISHED = {  # sources in README.md
+    "CartPole-v1": (490.0, "CleanRL"),
+    "Acrobot-v1": (-86.4, "CleanRL"),
+    "LunarLander-v3 (b)": (242.1, "SB3 zoo"),
+    "MountainCar-v0 (a)": (-110.4, "SB3 zoo"),
+    "TaxiDispatch-v0": (0.793, "optimum"),
 }
+PUBLISHED |= {task: (mean, source) for task, (mean, _, source) in MUJOCO.items()}
 
 
 def read(run: str) -> tuple[np.ndarray, np.ndarray]:
@@ -59,7 +58,7 @@ def add(groups: list[str]) -> None:
         std = np.std(final, ddof=1) if len(final) > 1 else 0.0
         print(task, *np.round(final, 2), f"mean {np.mean(final):.2f} +- {std:.2f}")
     with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, ["task", "run", "step", "return_100"])
+        writer = csv.DictWriter(file, ["task", "run", "step", "return_100"], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
@@ -86,7 +85,7 @@ def draw() -> None:
         panel.fill_between(steps, values.min(0), values.max(0), alpha=0.25, linewidth=0)
         panel.set_title(f"{task} ({len(runs)} seeds)", fontsize=9)
         if task in PUBLISHED:
-            source, value = PUBLISHED[task]
+            value, source = PUBLISHED[task]
             panel.axhline(value, color="0.3", linewidth=1, linestyle="--", label=source)
             panel.legend(loc="lower right", fontsize=8)
         panel.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:.0f}k")
