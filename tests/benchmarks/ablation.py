@@ -141,7 +141,7 @@ VARIANTS = [
         "--clip-coef None --vclip-coef 0.2 --kl-coef 1 --kl-target 0.01",
         CONTROL,
     ),
-    ("policy loss", "target KL none", "--target-kl None", CONTINUOUS),
+    ("policy loss", "no target KL", "--target-kl None", CONTINUOUS),
     ("policy loss", "target KL 0.02", "--target-kl 0.02", CONTROL),
     ("policy loss", "dual clip 3", "--dual-clip-coef 3", CONTROL),
     ("critic", "Huber loss", "--value-loss huber", CONTROL),

@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 RESULTS = Path(__file__).resolve().parent / "results"
 POINTS = 60  # of a curve
-PUBLISHED = {  # sources in README.md
+PUBLISHED = {  # sources in the README of this directory
     "CartPole-v1": (490.0, "CleanRL"),
     "Acrobot-v1": (-86.4, "CleanRL"),
     "LunarLander-v3 (b)": (242.1, "SB3 zoo"),
