@@ -3,8 +3,6 @@
     python tests/benchmarks/speed.py --cleanrl PATH_TO_A_CHECKOUT [--workloads cartpole masks]
         [--old CHECKOUT_OF_ANOTHER_COMMIT] [--cleanrl-python PYTHON_WITH_GYMNASIUM_0.29]
         [--repeats 5]
-    python tests/benchmarks/speed.py --many-envs
-    python tests/benchmarks/speed.py --whole-run --cleanrl PATH_TO_A_CHECKOUT
     python tests/benchmarks/speed.py --picture
 
 Runs alternate, so that a slow minute of the machine affects all of them, and every run is a process
@@ -26,7 +24,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -152,21 +149,19 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def run(command: list[str], threads: int, path: Path = ROOT) -> tuple[str, float, float]:
-    """Output, peak megabytes and seconds of a command, in an empty directory, without a GPU."""
+def run(command: list[str], threads: int, path: Path = ROOT) -> tuple[str, float]:
+    """Output and peak megabytes of a command, in an empty directory, without a GPU."""
     limits = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     env = os.environ | limits | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{ROOT}:{path}"}
     with tempfile.TemporaryDirectory() as directory, tempfile.TemporaryFile("w+") as out:
-        start = time.perf_counter()
         process = subprocess.Popen(command, cwd=directory, env=env, stdout=out, stderr=out)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-        seconds = time.perf_counter() - start
         out.seek(0)
         text = out.read()
     if process.returncode:
         raise SystemExit(f"{command}\n{text}")
-    return text, usage.ru_maxrss / 1024, seconds
+    return text, usage.ru_maxrss / 1024
 
 
 def sps(text: str) -> int:
@@ -213,7 +208,7 @@ def measure(options: argparse.Namespace) -> None:
         rows, parts, threads = [], [], WORKLOADS[name][-1]
         for seed in range(1, options.repeats + 1):
             for who, command in commands(name, seed, options).items():
-                text, megabytes, _ = run(command, threads, options.cleanrl or ROOT)
+                text, megabytes = run(command, threads, options.cleanrl or ROOT)
                 row = {"workload": name, "who": who, "seed": seed, "sps": sps(text)}
                 rows.append(row | {"megabytes": round(megabytes)})
                 print(*rows[-1].values(), flush=True)
@@ -252,67 +247,6 @@ def store(name: str, rows: list[dict], workloads: list[str]) -> None:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(before + rows)
-
-
-MANY = {  # flags, and numbers of environments
-    "CartPole-v1, native": (
-        "ppo_discrete.py --vectorization native --num-steps 128",
-        (1, 4, 16, 64, 256, 1024),
-    ),
-    "HalfCheetah-v4, envpool": (
-        "ppo_continuous.py --env-id HalfCheetah-v4 --vectorization envpool --num-steps 64 "
-        "--num-minibatches 4",
-        (1, 4, 16, 64, 256, 1024),
-    ),
-    "Pong-v5, envpool": (
-        "ppo_discrete.py --env-id Pong-v5 --vectorization envpool --num-steps 16",
-        (1, 4, 16, 64, 256, 1024),
-    ),
-}
-
-
-def measure_many(options: argparse.Namespace) -> None:
-    """Steps per second from 1 to 1024 environments, 10 iterations of each, of Pong 2 or more."""
-    rows = []
-    for name, (ours, sizes) in MANY.items():
-        script, *flags = ours.split()
-        steps = int(flags[flags.index("--num-steps") + 1])
-        for size in sizes:
-            total = max(10 * steps * size, 1000 if "Pong" in name else 20_000)
-            total = min(total, 20_000) if "Pong" in name else total
-            total = max(total, 2 * steps * size)
-            extra = ["--num-envs", str(size), "--total-timesteps", str(total), "--no-progress"]
-            code = {"root": str(ROOT), "script": script.removesuffix(".py"), "parts": PARTS}
-            code["batch"] = steps * size
-            command = [sys.executable, "-c", TIMED.format(flags=[*flags, *extra], **code)]
-            text, megabytes, _ = run(command, 1)
-            row = {"workload": name, "num_envs": size, "sps": sps(text)}
-            rows.append(row | {"megabytes": round(megabytes)})
-            print(*rows[-1].values(), flush=True)
-    store("many_envs.csv", rows, list(MANY))
-
-
-def measure_whole(options: argparse.Namespace) -> None:
-    """Seconds of whole runs with all defaults, from the shell and back, and of --help."""
-    ours = [sys.executable, str(ROOT / "ppo_discrete.py"), "--no-progress"]
-    runs = {
-        "ours": ours,
-        "ours compiled": [*ours, "--compile"],
-        "--help": [*ours[:2], "--help"],
-    }
-    if options.cleanrl:
-        runs["CleanRL"] = [sys.executable, str(options.cleanrl / "cleanrl" / "ppo.py")]
-    run(runs["ours compiled"], 1)  # fills the compiler's cache
-    rows = []
-    for seed in range(1, options.repeats + 1):
-        for who, command in runs.items():
-            seconds = run(command, 1)[2]
-            row = {"workload": "whole run", "who": who, "seed": seed}
-            rows.append(row | {"seconds": round(seconds, 2)})
-            print(*rows[-1].values(), flush=True)
-    store("whole_run.csv", rows, ["whole run"])
-    for who in runs:
-        print(who, statistics.median(row["seconds"] for row in rows if row["who"] == who), "s")
 
 
 def draw() -> None:
@@ -363,16 +297,10 @@ def main() -> None:
     parser.add_argument("--cleanrl-python", default=sys.executable, help="for MuJoCo's script")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--many-envs", action="store_true")
-    parser.add_argument("--whole-run", action="store_true")
     parser.add_argument("--picture", action="store_true")
     options = parser.parse_args()
     if options.picture:
         draw()
-    elif options.many_envs:
-        measure_many(options)
-    elif options.whole_run:
-        measure_whole(options)
     else:
         measure(options)
 
