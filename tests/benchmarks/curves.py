@@ -4,8 +4,9 @@
     python tests/benchmarks/curves.py draw            # results/curves.csv -> results/curves.png
 
 `add` reads charts/return_100 of every run that matches the pattern, replaces the rows of the task
-in the table, and prints the final returns. `draw` shows the mean over seeds and their range, and
-the published figure that the README compares with as a dashed line; it needs matplotlib.
+in the table, and prints the final returns. `draw` shows the mean over seeds and their range, the
+published figure that the README compares with as a dashed line, and what the trained agents of
+one_recipe.py reach without sampling as a star; it needs matplotlib.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from glob import glob
 from pathlib import Path
 
 import numpy as np
+from one_recipe import CSV as EVALUATED
 from one_recipe import PUBLISHED as MUJOCO
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -71,6 +73,10 @@ def draw() -> None:
     for row in csv.DictReader((RESULTS / "curves.csv").open()):
         point = (float(row["step"]), float(row["return_100"]))
         curves.setdefault(row["task"], {}).setdefault(row["run"], []).append(point)
+    evaluated: dict[str, list[float]] = {}
+    for row in csv.DictReader(EVALUATED.open()):
+        if row["who"] == "ours":
+            evaluated.setdefault(row["task"], []).append(float(row["evaluated"]))
     columns = min(4, len(curves))
     rows = -(-len(curves) // columns)
     figure, panels = plt.subplots(
@@ -84,10 +90,13 @@ def draw() -> None:
         panel.plot(steps, values.mean(0), color="C0")
         panel.fill_between(steps, values.min(0), values.max(0), alpha=0.25, linewidth=0)
         panel.set_title(f"{task} ({len(runs)} seeds)", fontsize=9)
+        if task in evaluated:
+            star = np.mean(evaluated[task])
+            panel.plot(steps[-1], star, "*", color="C1", markersize=9, label="evaluated")
         if task in PUBLISHED:
             value, source = PUBLISHED[task]
             panel.axhline(value, color="0.3", linewidth=1, linestyle="--", label=source)
-            panel.legend(loc="lower right", fontsize=8)
+            panel.legend(loc="best", fontsize=8)
         panel.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:.0f}k")
         panel.tick_params(labelsize=8)
         panel.grid(alpha=0.3)
