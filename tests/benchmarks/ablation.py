@@ -105,15 +105,15 @@ VARIANTS = [
     ("value clip", "0.2, value norm", "--norm-value running --clip-vloss", (*ALL, *SCALED)),
     ("value clip", "off, value norm", "--norm-value running --no-clip-vloss", NOT_NORMED),
     ("value clip", "0.2, popart", "--norm-value popart --clip-vloss", NOT_NORMED),
+    ("value clip", "0.2, no gradient clip", "--max-grad-norm None", SCALED),
+    ("value clip", "off, no gradient clip", "--no-clip-vloss --max-grad-norm None", SCALED),
+    ("value clip", "0.2, eps 1e-8", "--adam-eps 1e-8", SCALED),
+    ("value clip", "off, eps 1e-8", "--no-clip-vloss --adam-eps 1e-8", SCALED),
     ("value norm", "running, no reward norm", "--norm-value running --no-norm-reward", LUNAR),
     ("value norm", "none", "--norm-value none", CONTINUOUS),
     ("value norm", "none, value clip 0.2", "--norm-value none --clip-vloss", CONTINUOUS),
     ("value norm", "none, but reward norm", "--norm-value none --norm-reward", CONTINUOUS),
     ("value norm", "popart", "--norm-value popart", CONTINUOUS),
-    ("value clip", "0.2, no gradient clip", "--max-grad-norm None", SCALED),
-    ("value clip", "off, no gradient clip", "--no-clip-vloss --max-grad-norm None", SCALED),
-    ("value clip", "0.2, eps 1e-8", "--adam-eps 1e-8", SCALED),
-    ("value clip", "off, eps 1e-8", "--no-clip-vloss --adam-eps 1e-8", SCALED),
     ("advantage norm", "none", "--no-norm-adv", (*DISCRETE, *MASKS)),
     ("advantage norm", "over the minibatch", "--norm-adv", CONTINUOUS),
     ("advantage norm", "over the batch", "--norm-adv --norm-adv-scope batch", ALL),
@@ -412,7 +412,7 @@ def plot() -> None:
             for column, shift, size in (("final", 0.12, 4), ("mean", -0.2, 2)):
                 if task not in differences[column][key]:
                     continue
-                mean, low, high = differences[column][key][task]
+                mean, low, high = np.round(differences[column][key][task], 2)  # as in the table
                 color = "C2" if low > 0 else "C3" if high < 0 else "0.5"
                 ends = np.clip((low, high), -1.2, 1.2)
                 panel.plot(ends, [y + shift] * 2, color=color, linewidth=size / 3)
