@@ -27,6 +27,7 @@ PUBLISHED = {  # sources in the README of this directory
     "LunarLander-v3 (b)": (242.1, "SB3 zoo"),
     "MountainCar-v0 (a)": (-110.4, "SB3 zoo"),
     "TaxiDispatch-v0": (0.793, "optimum"),
+    "MicroRTS 10x10": (40.0, "all harvested"),
 }
 PUBLISHED |= {task: (mean, source) for task, (mean, _, source) in MUJOCO.items()}
 
