@@ -49,6 +49,10 @@ COLUMNS += [tag.split("/")[1] for tag in TAGS] + ["commit"]
 SAMPLES = 20_000  # of a bootstrap
 MIN_SEEDS = 3
 POINTS = 40  # of a curve
+SHOWN = ["base"]  # variants in the picture of the value clip
+SHOWN += [
+    f"value clip: {name}" for name in ("off", "0.2, value norm", "off, value norm", "0.2, popart")
+]
 
 
 class Task(NamedTuple):
@@ -423,36 +427,47 @@ def plot() -> None:
         panel.set_xscale("symlog", linthresh=0.1)
         panel.set_xticks((-1, -0.1, -0.05, 0, 0.05, 0.1, 1), ("-1", "-.1", "", "0", "", ".1", "1"))
         panel.set_xlim(-1.3, 1.3)
-        panel.set_title(task.split(":")[-1], fontsize=8)
+        panel.set_title(
+            f"{task.split(':')[-1]}\n{len(found['final']['base'][task])} seeds", fontsize=8
+        )
         panel.set_yticks(range(len(keys)), keys, fontsize=7)
         panel.set_ylim(-0.6, len(keys) - 0.4)
         panel.tick_params(axis="x", labelsize=7)
         panel.grid(axis="x", linewidth=0.3)
-    words = "difference to the base (-1: as random actions); large: at the end, small: during the"
-    figure.supxlabel(
-        f"{words} training; green: better, red: worse, grey: no difference shown", fontsize=8
+    words = (
+        "difference to the base, linear to 0.1, then logarithmic (-1: random actions, on Taxi "
+        "no delivery)\nlarge: at the end, small: during the training; green: better, red: worse, "
+        "grey: no difference shown; empty: not run"
     )
+    figure.supxlabel(words, fontsize=8)
     figure.savefig(RESULTS / "ablation.png", dpi=110)
 
 
 def plot_value_clip() -> None:
-    """What the value clip does where values are near 200: one panel a quantity."""
+    """What the value clip does where values are near 200: one panel a quantity.
+
+    Explained variance ends where the mean return reaches 900: later, targets hardly vary.
+    """
     import matplotlib.pyplot as plt
 
     names = {
         "return_100": "return (at most 1000)",
         "explained_variance": "explained variance",
-        "value_clipfrac": "share of samples that are clipped",
+        "value_clipfrac": "share of values that a clip of 0.2 acts on",
     }
     with open(CURVES, newline="") as file:
-        rows = list(csv.DictReader(file))
+        rows = [row for row in csv.DictReader(file) if row["variant"] in SHOWN]
     figure, panels = plt.subplots(1, 3, figsize=(12, 2.8), layout="constrained")
     for color, variant in enumerate(dict.fromkeys(row["variant"] for row in rows)):
         mine = [row for row in rows if row["variant"] == variant]
+        returns = np.array([float(row["return_100"]) for row in mine]).reshape(-1, POINTS)
         label = "value clip: 0.2" if variant == "base" else variant
         for panel, name in zip(panels, names, strict=True):
             values = np.array([float(row[name]) for row in mine]).reshape(-1, POINTS)
-            steps = [int(row["step"]) for row in mine[:POINTS]]
+            steps = np.array([int(row["step"]) for row in mine[:POINTS]])
+            if name == "explained_variance":
+                learning = returns.mean(0) < 900
+                values, steps = values[:, learning], steps[learning]
             panel.plot(steps, values.mean(0), color=f"C{color}", label=label)
             panel.fill_between(steps, values.min(0), values.max(0), color=f"C{color}", alpha=0.15)
     for panel, title in zip(panels, names.values(), strict=True):
@@ -460,6 +475,7 @@ def plot_value_clip() -> None:
         panel.tick_params(labelsize=7)
         panel.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:.0f}k")
     panels[1].set_ylim(-0.5, 1.05)
+    panels[1].set_xlim(panels[0].get_xlim())
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right", fontsize=8)
     figure.savefig(RESULTS / "value_clip.png", dpi=110)
 
