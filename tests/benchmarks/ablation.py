@@ -290,9 +290,9 @@ def returns(column: str) -> dict[str, dict[str, np.ndarray]]:
         by_task.setdefault(row["task"], []).append(float(row[column]))
     return {
         variant: {
-            task: np.array(values)
-            for task, values in by_task.items()
-            if min(len(values), len(found["base"].get(task, []))) >= MIN_SEEDS
+            task: np.array(by_task[task])
+            for task in TASKS
+            if min(len(by_task.get(task, [])), len(found["base"].get(task, []))) >= MIN_SEEDS
         }
         for variant, by_task in found.items()
     }
