@@ -49,10 +49,13 @@ COLUMNS += [tag.split("/")[1] for tag in TAGS] + ["commit"]
 SAMPLES = 20_000  # of a bootstrap
 MIN_SEEDS = 3
 POINTS = 40  # of a curve
-SHOWN = ["base"]  # variants in the picture of the value clip
-SHOWN += [
-    f"value clip: {name}" for name in ("off", "0.2, value norm", "off, value norm", "0.2, popart")
-]
+SHOWN = (  # in the picture of the value clip
+    "base",
+    "value clip: off",
+    "value clip: 0.2, value norm",
+    "value clip: off, value norm",
+    "value clip: 0.2, popart",
+)
 
 
 class Task(NamedTuple):
@@ -429,9 +432,9 @@ def plot() -> None:
         panel.set_xscale("symlog", linthresh=0.1)
         panel.set_xticks((-1, -0.1, -0.05, 0, 0.05, 0.1, 1), ("-1", "-.1", "", "0", "", ".1", "1"))
         panel.set_xlim(-1.3, 1.3)
-        panel.set_title(
-            f"{task.split(':')[-1]}\n{len(found['final']['base'][task])} seeds", fontsize=8
-        )
+        seeds = sorted({len(runs[task]) for runs in found["final"].values() if task in runs})
+        words = " or ".join(str(number) for number in seeds)
+        panel.set_title(f"{task.split(':')[-1]}\n{words} seeds", fontsize=8)
         panel.set_yticks(range(len(keys)), keys, fontsize=7)
         panel.set_ylim(-0.6, len(keys) - 0.4)
         panel.tick_params(axis="x", labelsize=7)
@@ -462,16 +465,16 @@ def plot_value_clip() -> None:
     figure, panels = plt.subplots(1, 3, figsize=(12, 2.8), layout="constrained")
     for color, variant in enumerate(dict.fromkeys(row["variant"] for row in rows)):
         mine = [row for row in rows if row["variant"] == variant]
-        returns = np.array([float(row["return_100"]) for row in mine]).reshape(-1, POINTS)
+        steps = np.array([int(row["step"]) for row in mine[:POINTS]])
+        run_returns = np.array([float(row["return_100"]) for row in mine]).reshape(-1, POINTS)
+        learning = run_returns.mean(0) < 900
         label = "value clip: 0.2" if variant == "base" else variant
         for panel, name in zip(panels, names, strict=True):
             values = np.array([float(row[name]) for row in mine]).reshape(-1, POINTS)
-            steps = np.array([int(row["step"]) for row in mine[:POINTS]])
-            if name == "explained_variance":
-                learning = returns.mean(0) < 900
-                values, steps = values[:, learning], steps[learning]
-            panel.plot(steps, values.mean(0), color=f"C{color}", label=label)
-            panel.fill_between(steps, values.min(0), values.max(0), color=f"C{color}", alpha=0.15)
+            shown = learning if name == "explained_variance" else slice(None)
+            x, y = steps[shown], values[:, shown]
+            panel.plot(x, y.mean(0), color=f"C{color}", label=label)
+            panel.fill_between(x, y.min(0), y.max(0), color=f"C{color}", alpha=0.15)
     for panel, title in zip(panels, names.values(), strict=True):
         panel.set_title(title, fontsize=9)
         panel.tick_params(labelsize=7)
