@@ -7,8 +7,8 @@
     torchrun --nproc-per-node 2 ppo_continuous.py --num-envs 2  # two processes
 
 Shapes: T = num_steps, N = num_envs of this process, B = T * N samples of a rollout, M = samples of
-a minibatch, O = shape of an observation, A = numbers of an action, D = 2 * A numbers that describe
-a distribution (mean and log of the std, or alpha and beta, of each number of an action).
+a minibatch, O = shape of an observation, A = number of components of an action, D = 2 * A =
+number of parameters of a distribution (mean and log of the std, or alpha and beta, of each).
 """
 
 import importlib
@@ -78,7 +78,7 @@ class Args:
     activation: Literal["tanh", "relu", "elu", "gelu", "silu"] = "tanh"  # images: relu
     ortho_init: bool = True  # orthogonal initialization, with small weights in the policy's head
     shared_network: bool = False  # one trunk for policy and value
-    # Distribution
+    # Distribution (std, log_std_init and log_std_final are those of the gaussian)
     distribution: Literal["gaussian", "beta"] = "gaussian"  # clipped to the bounds, or within them
     std: Literal["fixed", "independent", "state"] = "independent"  # constant, learned, or network
     log_std_init: float = 0.0  # logarithm of the std at the start
@@ -100,8 +100,8 @@ class Args:
     # Policy loss
     clip_coef: float | None = 0.2  # clip of the probability ratio; None: no clip
     dual_clip_coef: float | None = None  # bound of the ratio where the advantage is negative (> 1)
-    kl_coef: float = 0.0  # beta of the penalty beta * KL(old, new); kl_target: its first value
-    kl_target: float | None = None  # KL that beta adapts to, by doubling and halving
+    kl_coef: float = 0.0  # beta of the penalty beta * KL(old, new)
+    kl_target: float | None = None  # KL to reach by doubling and halving beta (from 1 if it is 0)
     target_kl: float | None = None  # stop the policy's epochs once the approximate KL exceeds it
     ref_checkpoint: str | None = None  # run directory of a fixed reference policy
     ref_kl_coef: float = 0.0  # coefficient of KL(policy, reference)
@@ -203,7 +203,7 @@ def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
     render_mode = {"render_mode": "rgb_array"} if video_dir else {}
     env = gym.make(args.env_id, **env_kwargs | render_mode)
     if video_dir:
-        trigger = (lambda n: n < args.eval_episodes) if args.eval else None  # None: some
+        trigger = (lambda n: n < args.eval_episodes) if args.eval else None  # None: Gymnasium's
         env = gym.wrappers.RecordVideo(env, str(video_dir), trigger)
     if is_atari(args.env_id):
         env = gym.wrappers.AtariPreprocessing(env)
@@ -264,7 +264,8 @@ def make_envs(args: Args, num_envs: int, seed: int, video_dir: Path | None = Non
     if fits_network(space):
         return envs
     envs = gym.vector.VectorWrapper(envs)
-    envs.observation_space = gym.vector.utils.batch_space(space, num_envs)  # envpool: `space`
+    # envpool gives the space of one environment
+    envs.observation_space = gym.vector.utils.batch_space(space, num_envs)
     return gym.wrappers.vector.FlattenObservation(envs)
 
 
@@ -391,11 +392,12 @@ class Agent(nn.Module):
     def act(self, obs: Tensor, noise: Tensor | None) -> Tensor:
         """Actions [n, A] for observations [n, *O]: a sample, or the mode without noise."""
         dist = self.distribution(self.trunk(self.preprocess(obs)))
-        first, second = dist.chunk(2, -1)
-        if self.beta:
-            mode = (first - 1 + 1e-6) / (first + second - 2 + 2e-6)
-            return mode if noise is None else Beta(first, second, validate_args=False).sample()
-        return first if noise is None else first + second.exp() * noise
+        if self.beta:  # its samples are not a function of the noise
+            alpha, beta = dist.chunk(2, -1)
+            mode = (alpha - 1 + 1e-6) / (alpha + beta - 2 + 2e-6)
+            return mode if noise is None else Beta(alpha, beta, validate_args=False).sample()
+        mean, log_std = dist.chunk(2, -1)
+        return mean if noise is None else mean + log_std.exp() * noise
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """Distributions [n, D], and the critic's outputs [n]."""
@@ -403,20 +405,20 @@ class Agent(nn.Module):
         return self.distribution(features), self.critic(features).squeeze(-1)
 
     def log_prob(self, dist: Tensor, actions: Tensor) -> Tensor:
-        """Log-densities [n] of actions [n, A], before they are clipped, under [n, D]."""
-        first, second = dist.chunk(2, -1)
+        """Log-densities [n] of the unclipped actions [n, A] under distributions [n, D]."""
         if self.beta:
             inside = actions.clamp(1e-6, 1 - 1e-6)  # the density may be 0 at the bounds
-            return Beta(first, second, validate_args=False).log_prob(inside).sum(-1)
-        z = (actions - first) * (-second).exp()
-        return -(0.5 * z.square() + second).sum(-1) - 0.5 * math.log(2 * math.pi) * z.shape[-1]
+            return Beta(*dist.chunk(2, -1), validate_args=False).log_prob(inside).sum(-1)
+        mean, log_std = dist.chunk(2, -1)
+        z = (actions - mean) * (-log_std).exp()
+        return -(0.5 * z.square() + log_std).sum(-1) - 0.5 * math.log(2 * math.pi) * z.shape[-1]
 
     def entropy(self, dist: Tensor) -> Tensor:
         """Differential entropies [n] in nats of distributions [n, D]."""
-        first, second = dist.chunk(2, -1)
         if self.beta:
-            return Beta(first, second, validate_args=False).entropy().sum(-1)
-        return second.sum(-1) + 0.5 * math.log(2 * math.pi * math.e) * second.shape[-1]
+            return Beta(*dist.chunk(2, -1), validate_args=False).entropy().sum(-1)
+        _, log_std = dist.chunk(2, -1)
+        return log_std.sum(-1) + 0.5 * math.log(2 * math.pi * math.e) * log_std.shape[-1]
 
     def kl_divergence(self, p: Tensor, q: Tensor) -> Tensor:
         """Exact KL(p, q) [n] in nats between distributions [n, D]."""
@@ -430,10 +432,11 @@ class Agent(nn.Module):
 
     def action_std(self, dist: Tensor) -> Tensor:
         """Standard deviations [n, A] of the actions in the environment's units."""
-        first, second = dist.chunk(2, -1)
         if self.beta:
-            return Beta(first, second).stddev * torch.from_numpy(self.high - self.low).to(dist)
-        return second.exp()
+            std = Beta(*dist.chunk(2, -1), validate_args=False).stddev
+            return std * torch.from_numpy(self.high - self.low).to(dist)
+        _, log_std = dist.chunk(2, -1)
+        return log_std.exp()
 
     def to_env(self, actions: np.ndarray) -> np.ndarray:
         """Actions [N, A] as the environment takes them: clipped, in its shape and dtype."""
@@ -468,8 +471,9 @@ class Rollout:
         noise = agent.noise.sample(self.rewards.shape).to(agent.value_norm.mean.device)
         self.obs[0], self.valid[0] = self.obs[-1], self.valid[-1]
         self.final_obs = []  # (t, n, observation) of truncated episodes
-        for t, (obs, step_noise) in enumerate(zip(torch.from_numpy(self.obs), noise, strict=False)):
-            action = agent.act(obs.to(noise.device), step_noise if sample else None)
+        for t, step_noise in enumerate(noise):
+            obs = torch.from_numpy(self.obs[t]).to(noise.device)
+            action = agent.act(obs, step_noise if sample else None)
             self.actions[t] = action.cpu().numpy()
             step = envs.step(agent.to_env(self.actions[t]))
             self.obs[t + 1], self.rewards[t], self.terminated[t], self.truncated[t], infos = step
@@ -479,8 +483,8 @@ class Rollout:
             if self.lives is not None:
                 final_lives = infos.get("final_info", infos)["lives"]
                 dones = self.terminated[t] | self.truncated[t]
-                lives = np.where(dones, final_lives, infos["lives"])  # the latter: of the next game
-                self.life_lost[t] = lives < self.lives
+                # where a game ended, infos["lives"] are those of the next one
+                self.life_lost[t] = np.where(dones, final_lives, infos["lives"]) < self.lives
                 self.lives = infos["lives"].copy()
         dones = self.terminated | self.truncated
         if self.next_step:
@@ -582,9 +586,9 @@ def make_batch(
         "values/target_mean": means[2],
         "losses/explained_variance": (1 - (stds[3] / stds[2]).square()).nan_to_num(neginf=0.0),
     }
-    norm = agent.value_norm
     action_std, _ = masked_mean_std(agent.action_std(dists).T, loss_mask.expand(len(agent.low), -1))
     metrics |= {f"policy/std_{i}": std for i, std in enumerate(action_std)}
+    norm = agent.value_norm
     old_mean, old_std = norm.mean.clone(), norm.std.clone()
     old_outputs = (values - old_mean) / old_std
     if args.norm_value != "none":
@@ -803,8 +807,9 @@ def train(
             group["lr"] = fraction * group["initial_lr"]
         ent_coef_final = args.ent_coef if args.ent_coef_final is None else args.ent_coef_final
         ent_coef = np.interp(iteration, (0, num_iterations - 1), (args.ent_coef, ent_coef_final))
-        if args.log_std_final is not None:
-            log_stds = (args.log_std_init, args.log_std_final)
+        if args.std == "fixed" and not agent.beta:
+            final = args.log_std_init if args.log_std_final is None else args.log_std_final
+            log_stds = (args.log_std_init, final)
             agent.log_std.fill_(np.interp(iteration, (0, num_iterations - 1), log_stds))
         coefs = torch.tensor([ent_coef, kl_coef], device=agent.value_norm.mean.device)
         warmup = iteration < args.critic_warmup_iterations
@@ -885,10 +890,12 @@ def main() -> None:
     if args.ref_checkpoint and not args.eval:
         reference_checkpoint = load_checkpoint(args.ref_checkpoint)
     for saved in (checkpoint, reference_checkpoint):
-        if saved and saved["args"]["distribution"] != args.distribution:
-            fail(f"the checkpoint has distribution {saved['args']['distribution']}")
         if saved and saved["args"]["env_id"] != args.env_id:
             fail(f"the checkpoint is of {saved['args']['env_id']}, not of {args.env_id}")
+        if saved and saved["args"].get("distribution", args.distribution) != args.distribution:
+            fail(f"the checkpoint has distribution {saved['args']['distribution']}")
+    if args.resume and checkpoint["args"].get("std", args.std) != args.std:
+        fail(f"the run to resume has std {checkpoint['args']['std']}, not {args.std}")
     step = checkpoint.get("step", 0)
     if args.resume and args.total_timesteps - step < args.num_envs * args.num_steps:
         fail(f"{args.run_dir} is complete at step {step}; raise total_timesteps to continue")
@@ -903,8 +910,8 @@ def main() -> None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     seed = int(np.random.SeedSequence((args.seed, step, RANK)).generate_state(1)[0] // 2)
-    one = replace(args, vectorization="sync") if args.vectorization == "async" else args
-    envs = make_envs(one, 1, seed)  # tells the spaces, before anything is written
+    probe = replace(args, vectorization="sync") if args.vectorization == "async" else args
+    envs = make_envs(probe, 1, seed)  # tells the spaces, before anything is written
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     envs.close()
     if not isinstance(action_space, spaces.Box):

@@ -7,8 +7,8 @@
     torchrun --nproc-per-node 2 ppo_discrete.py                 # two processes
 
 Shapes: T = num_steps, N = num_envs of this process, B = T * N samples of a rollout, M = samples of
-a minibatch, O and A = shapes of an observation and of an action, D = numbers that describe a
-distribution (here the log-probability of every action).
+a minibatch, O and A = shapes of an observation and of an action, D = number of actions (a
+distribution is the log-probability of every action).
 """
 
 import importlib
@@ -93,8 +93,8 @@ class Args:
     # Policy loss
     clip_coef: float | None = 0.2  # clip of the probability ratio; None: no clip
     dual_clip_coef: float | None = None  # bound of the ratio where the advantage is negative (> 1)
-    kl_coef: float = 0.0  # beta of the penalty beta * KL(old, new); kl_target: its first value
-    kl_target: float | None = None  # KL that beta adapts to, by doubling and halving
+    kl_coef: float = 0.0  # beta of the penalty beta * KL(old, new)
+    kl_target: float | None = None  # KL to reach by doubling and halving beta (from 1 if it is 0)
     target_kl: float | None = None  # stop the policy's epochs once the approximate KL exceeds it
     ref_checkpoint: str | None = None  # run directory of a fixed reference policy
     ref_kl_coef: float = 0.0  # coefficient of KL(policy, reference)
@@ -194,7 +194,7 @@ def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
     render_mode = {"render_mode": "rgb_array"} if video_dir else {}
     env = gym.make(args.env_id, **env_kwargs | render_mode)
     if video_dir:
-        trigger = (lambda n: n < args.eval_episodes) if args.eval else None  # None: some
+        trigger = (lambda n: n < args.eval_episodes) if args.eval else None  # None: Gymnasium's
         env = gym.wrappers.RecordVideo(env, str(video_dir), trigger)
     if is_atari(args.env_id):
         env = gym.wrappers.AtariPreprocessing(env)
@@ -255,7 +255,8 @@ def make_envs(args: Args, num_envs: int, seed: int, video_dir: Path | None = Non
     if fits_network(space):
         return envs
     envs = gym.vector.VectorWrapper(envs)
-    envs.observation_space = gym.vector.utils.batch_space(space, num_envs)  # envpool: `space`
+    # envpool gives the space of one environment
+    envs.observation_space = gym.vector.utils.batch_space(space, num_envs)
     return gym.wrappers.vector.FlattenObservation(envs)
 
 
@@ -413,8 +414,9 @@ class Rollout:
         noise = agent.noise.sample(self.rewards.shape).to(agent.value_norm.mean.device)
         self.obs[0], self.valid[0] = self.obs[-1], self.valid[-1]
         self.final_obs = []  # (t, n, observation) of truncated episodes
-        for t, (obs, step_noise) in enumerate(zip(torch.from_numpy(self.obs), noise, strict=False)):
-            action = agent.act(obs.to(noise.device), step_noise if sample else None)
+        for t, step_noise in enumerate(noise):
+            obs = torch.from_numpy(self.obs[t]).to(noise.device)
+            action = agent.act(obs, step_noise if sample else None)
             self.actions[t] = action.cpu().numpy()
             step = envs.step(agent.to_env(self.actions[t]))
             self.obs[t + 1], self.rewards[t], self.terminated[t], self.truncated[t], infos = step
@@ -424,8 +426,8 @@ class Rollout:
             if self.lives is not None:
                 final_lives = infos.get("final_info", infos)["lives"]
                 dones = self.terminated[t] | self.truncated[t]
-                lives = np.where(dones, final_lives, infos["lives"])  # the latter: of the next game
-                self.life_lost[t] = lives < self.lives
+                # where a game ended, infos["lives"] are those of the next one
+                self.life_lost[t] = np.where(dones, final_lives, infos["lives"]) < self.lives
                 self.lives = infos["lives"].copy()
         dones = self.terminated | self.truncated
         if self.next_step:
@@ -841,8 +843,8 @@ def main() -> None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     seed = int(np.random.SeedSequence((args.seed, step, RANK)).generate_state(1)[0] // 2)
-    one = replace(args, vectorization="sync") if args.vectorization == "async" else args
-    envs = make_envs(one, 1, seed)  # tells the spaces, before anything is written
+    probe = replace(args, vectorization="sync") if args.vectorization == "async" else args
+    envs = make_envs(probe, 1, seed)  # tells the spaces, before anything is written
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     envs.close()
     if not isinstance(action_space, spaces.Discrete):

@@ -7,8 +7,8 @@
     torchrun --nproc-per-node 2 ppo_multidiscrete_mask.py             # two processes
 
 Shapes: T = num_steps, N = num_envs of this process, B = T * N samples of a rollout, M = samples of
-a minibatch, O = shape of an observation, H = heads of an action, D = sum(nvec) = log-probabilities
-of the choices of all heads, side by side, F = nvec[0] = choices of the first head.
+a minibatch, O = shape of an observation, H = heads of an action, D = sum(nvec) = choices of all
+heads (a distribution is their log-probabilities, side by side), F = nvec[0] = those of the first.
 """
 
 import importlib
@@ -78,7 +78,7 @@ class Args:
     ortho_init: bool = True  # orthogonal initialization, with small weights in the policy's head
     shared_network: bool = False  # one trunk for policy and value
     # Masks
-    mask: Literal["none", "independent", "conditional"] = "conditional"  # what the policy respects
+    mask: Literal["none", "independent", "conditional"] = "conditional"  # masks of the policy
     # Normalization
     norm_obs: bool = False  # standardize observations (not images) with running statistics
     clip_obs: float | None = 10.0  # clip standardized observations to [-clip, clip]
@@ -96,8 +96,8 @@ class Args:
     # Policy loss
     clip_coef: float | None = 0.1  # clip of the probability ratio; None: no clip
     dual_clip_coef: float | None = None  # bound of the ratio where the advantage is negative (> 1)
-    kl_coef: float = 0.0  # beta of the penalty beta * KL(old, new); kl_target: its first value
-    kl_target: float | None = None  # KL that beta adapts to, by doubling and halving
+    kl_coef: float = 0.0  # beta of the penalty beta * KL(old, new)
+    kl_target: float | None = None  # KL to reach by doubling and halving beta (from 1 if it is 0)
     target_kl: float | None = None  # stop the policy's epochs once the approximate KL exceeds it
     ref_checkpoint: str | None = None  # run directory of a fixed reference policy
     ref_kl_coef: float = 0.0  # coefficient of KL(policy, reference)
@@ -197,7 +197,7 @@ def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
     render_mode = {"render_mode": "rgb_array"} if video_dir else {}
     env = gym.make(args.env_id, **env_kwargs | render_mode)
     if video_dir:
-        trigger = (lambda n: n < args.eval_episodes) if args.eval else None  # None: some
+        trigger = (lambda n: n < args.eval_episodes) if args.eval else None  # None: Gymnasium's
         env = gym.wrappers.RecordVideo(env, str(video_dir), trigger)
     if is_atari(args.env_id):
         env = gym.wrappers.AtariPreprocessing(env)
@@ -214,7 +214,7 @@ class TaxiDispatch(gym.Env):
     """K taxis of Gymnasium's Taxi-v4; every step moves one, until all have delivered.
 
     An action is (taxi, move). Observations [K * 16]: row, column and pad to go to of each taxi
-    (one-hot), passenger aboard, passenger delivered. Rewards are those of the taxi, over 20.
+    (one-hot), passenger aboard, passenger delivered. Rewards are a twentieth of the taxi's.
     The mask [K, 1 + 6] allows taxis that have not delivered, and moves that change their state.
     """
 
@@ -372,7 +372,8 @@ def make_envs(args: Args, num_envs: int, seed: int, video_dir: Path | None = Non
     if isinstance(space, spaces.Box) and len(space.shape) in (1, 3):
         return envs
     envs = gym.vector.VectorWrapper(envs)
-    envs.observation_space = gym.vector.utils.batch_space(space, num_envs)  # envpool: `space`
+    # envpool gives the space of one environment
+    envs.observation_space = gym.vector.utils.batch_space(space, num_envs)
     return gym.wrappers.vector.FlattenObservation(envs)
 
 
@@ -446,7 +447,7 @@ class Agent(nn.Module):
         self.image = is_image(obs_space)
         self.grid = len(obs_shape) == 3 and not self.image
         self.channels_last = len(obs_shape) == 3 and obs_shape[-1] < obs_shape[0]
-        if self.grid:  # H x W x C, or C x H x W if H = W
+        if self.grid:  # C x H x W if only H = W, otherwise H x W x C
             self.channels_last = obs_shape[0] == obs_shape[1] or obs_shape[1] != obs_shape[2]
         if self.channels_last:
             obs_shape = obs_shape[2:] + obs_shape[:2]
@@ -466,7 +467,8 @@ class Agent(nn.Module):
         # argmax(logits + Gumbel noise) is a sample of softmax(logits)
         self.noise = torch.distributions.Gumbel(torch.zeros(sum(self.nvec)), torch.ones(1))
         width = 512 if self.image else 256 if self.grid else (*obs_shape, *args.hidden_sizes)[-1]
-        trunk, actor, critic = [], *(make_body(args, obs_shape, self.image) for _ in range(2))
+        trunk, actor = [], make_body(args, obs_shape, self.image)
+        critic = make_body(args, obs_shape, self.image)
         if args.shared_network:
             trunk, actor, critic = actor, [], []
         self.trunk = nn.Sequential(*trunk)
@@ -491,8 +493,8 @@ class Agent(nn.Module):
             obs = obs.to(torch.float32, memory_format=torch.channels_last) / 255.0
         return obs
 
-    def respected(self, masks: Tensor) -> Tensor:
-        """What the policy respects of the environment's masks [n, D] or [n, F, 1 + D - F]."""
+    def policy_masks(self, masks: Tensor) -> Tensor:
+        """Masks of the policy, from those of the environment, [n, D] or [n, F, 1 + D - F]."""
         if self.mask == "none":
             return masks.new_ones(len(masks), sum(self.nvec))
         if self.mask == "independent" and masks.dim() == 3:  # what any allowed first choice allows
@@ -510,7 +512,7 @@ class Agent(nn.Module):
     def act(self, obs: Tensor, masks: Tensor, noise: Tensor | None) -> Tensor:
         """Actions [n, H] for observations [n, *O]: a sample, or the mode without noise."""
         logits = self.actor(self.trunk(self.preprocess(obs)))
-        masks = self.respected(masks)
+        masks = self.policy_masks(masks)
         scores = logits if noise is None else logits + noise
         if masks.dim() == 3:
             first_scores, rest_scores = scores.split([self.nvec[0], sum(self.nvec[1:])], -1)
@@ -521,13 +523,12 @@ class Agent(nn.Module):
             first = first_scores.masked_fill(~masks[..., 0], -torch.inf).argmax(-1)
             masks = self.path_masks(masks, first)
             scores = torch.cat((first_scores, rest_scores), -1)
-        scores = scores.masked_fill(~masks, -torch.inf)
-        best = [head.max(-1) for head in scores.split(self.nvec, -1)]
-        best_scores = torch.stack([head.values for head in best], -1)
-        if (best_scores == -torch.inf).any():
-            n, head = best_scores.isinf().nonzero()[0].tolist()
+        valid = torch.stack([head.any(-1) for head in masks.split(self.nvec, -1)], -1)
+        if not valid.all():
+            n, head = (~valid).nonzero()[0].tolist()
             raise ValueError(f"environment {n} of process {RANK}: head {head} has no valid action")
-        return torch.stack([head.indices for head in best], -1)
+        scores = scores.masked_fill(~masks, -torch.inf)
+        return torch.stack([head.argmax(-1) for head in scores.split(self.nvec, -1)], -1)
 
     def forward(self, obs: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities of all choices [n, D] under masks [n, D], and critic's outputs [n]."""
@@ -541,7 +542,7 @@ class Agent(nn.Module):
         return dist.gather(-1, actions + self.offsets).sum(-1)
 
     def path_ratio(self, dist: Tensor, batch: Batch) -> Tensor | float:
-        """Probability ratio [n] of the first choice, the weight of what depends on it."""
+        """New over old probability [n] of the first choice: weight of the other heads' terms."""
         if not self.conditional:
             return 1.0
         first = batch["actions"][:, :1]
@@ -553,7 +554,7 @@ class Agent(nn.Module):
         return terms[:, : self.nvec[0]].sum(-1) + path_ratio * terms[:, self.nvec[0] :].sum(-1)
 
     def kl_divergence(self, p: Tensor, q: Tensor, path_ratio: Tensor | float = 1.0) -> Tensor:
-        """KL(p, q) [n] in nats between distributions [n, D]; `path_ratio` if p is the new one."""
+        """KL(p, q) [n] in nats between distributions [n, D]; with `path_ratio` if p is new."""
         terms = p.exp() * (p - q)
         return terms[:, : self.nvec[0]].sum(-1) + path_ratio * terms[:, self.nvec[0] :].sum(-1)
 
@@ -593,14 +594,15 @@ class Rollout:
         self.obs[0], self.valid[0] = self.obs[-1], self.valid[-1]
         self.masks[0] = self.masks[-1]
         self.final_obs = []  # (t, n, observation) of truncated episodes
-        for t, (obs, step_noise) in enumerate(zip(torch.from_numpy(self.obs), noise, strict=False)):
+        for t, step_noise in enumerate(noise):
+            obs = torch.from_numpy(self.obs[t]).to(noise.device)
             masks = torch.from_numpy(self.masks[t]).to(noise.device)
-            action = agent.act(obs.to(noise.device), masks, step_noise if sample else None)
+            action = agent.act(obs, masks, step_noise if sample else None)
             self.actions[t] = action.cpu().numpy()
             step = envs.step(agent.to_env(self.actions[t]))
             self.obs[t + 1], self.rewards[t], self.terminated[t], self.truncated[t], infos = step
             if ("action_mask" in infos) != self.has_masks:
-                raise ValueError("masks come after a step or after a reset, but not after both")
+                raise ValueError("masks must be given at every reset and step, or never")
             self.masks[t + 1] = infos.get("action_mask", True)
             if self.next_step:  # the reset ignores the action
                 self.masks[t + 1, self.terminated[t] | self.truncated[t]] = True
@@ -610,8 +612,8 @@ class Rollout:
             if self.lives is not None:
                 final_lives = infos.get("final_info", infos)["lives"]
                 dones = self.terminated[t] | self.truncated[t]
-                lives = np.where(dones, final_lives, infos["lives"])  # the latter: of the next game
-                self.life_lost[t] = lives < self.lives
+                # where a game ended, infos["lives"] are those of the next one
+                self.life_lost[t] = np.where(dones, final_lives, infos["lives"]) < self.lives
                 self.lives = infos["lives"].copy()
         dones = self.terminated | self.truncated
         if self.next_step:
@@ -678,10 +680,10 @@ def evaluate_policy(agent: Agent, obs: Tensor, masks: Tensor) -> tuple[Tensor, T
 
 def used_masks(agent: Agent, rollout: Rollout) -> Tensor:
     """Masks [T + 1, N, D] of all heads on the path that the first head took."""
-    first = np.concatenate((rollout.actions, rollout.actions[-1:]))[..., 0]  # last row: for values
+    first = np.concatenate((rollout.actions, rollout.actions[-1:]))[..., 0]  # + a row for values
     first = torch.from_numpy(first).to(agent.offsets.device).flatten()
     masks = torch.from_numpy(rollout.masks).to(first.device).flatten(0, 1)
-    return agent.path_masks(agent.respected(masks), first).unflatten(0, rollout.valid.shape)
+    return agent.path_masks(agent.policy_masks(masks), first).unflatten(0, rollout.valid.shape)
 
 
 def compute_targets(agent: Agent, rollout: Rollout, args: Args) -> tuple[Tensor, ...]:
@@ -694,7 +696,8 @@ def compute_targets(agent: Agent, rollout: Rollout, args: Args) -> tuple[Tensor,
     if rollout.final_obs:
         t, n, final_obs = zip(*rollout.final_obs, strict=True)
         final_obs = torch.from_numpy(np.stack(final_obs)).to(obs)
-        _, final_values = evaluate_policy(agent, final_obs, masks[-1, list(n)])
+        any_masks = masks[-1, list(n)]  # values do not depend on them
+        _, final_values = evaluate_policy(agent, final_obs, any_masks)
         next_values[t, n] = final_values.cpu().numpy()
     dones = rollout.terminated | rollout.truncated
     next_values *= ~rollout.terminated
@@ -723,13 +726,13 @@ def make_batch(
         "values/target_mean": means[2],
         "losses/explained_variance": (1 - (stds[3] / stds[2]).square()).nan_to_num(neginf=0.0),
     }
-    norm = agent.value_norm
     obs = torch.from_numpy(rollout.obs[:-1]).to(values.device).flatten(0, 1)
     actions = torch.from_numpy(rollout.actions).to(values.device).flatten(0, 1)
     env_masks = torch.from_numpy(rollout.masks[:-1]).to(values.device).flatten(0, 1)
     valid_choices = agent.path_masks(env_masks, actions[:, 0]).gather(-1, actions + agent.offsets)
     invalid = (~valid_choices).any(-1).float().unsqueeze(0)
     metrics["policy/invalid_fraction"], _ = masked_mean_std(invalid, loss_mask.unsqueeze(0))
+    norm = agent.value_norm
     old_mean, old_std = norm.mean.clone(), norm.std.clone()
     old_outputs = (values - old_mean) / old_std
     if args.norm_value != "none":
@@ -1044,8 +1047,8 @@ def main() -> None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     seed = int(np.random.SeedSequence((args.seed, step, RANK)).generate_state(1)[0] // 2)
-    one = replace(args, vectorization="sync") if args.vectorization == "async" else args
-    envs = make_envs(one, 1, seed)  # tells the spaces, before anything is written
+    probe = replace(args, vectorization="sync") if args.vectorization == "async" else args
+    envs = make_envs(probe, 1, seed)  # tells the spaces, before anything is written
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     _, infos = envs.reset()
     envs.close()
@@ -1086,9 +1089,11 @@ def main() -> None:
             Path(args.run_dir, "args.json").write_text(json.dumps(vars(args), indent=2))
         if args.capture_video:
             video_dir = Path(args.run_dir, "videos", f"step-{step}-{int(time.time())}")
-        network = "CNN" if agent.image or agent.grid else f"MLP of {obs_space.shape[0]} numbers"
+        network = "Nature CNN" if agent.image else f"MLP of {obs_space.shape[0]} numbers"
+        if agent.grid:
+            network = f"CNN of {obs_space.shape[-1 if agent.channels_last else 0]} channels"
         masks = f"masks {mask_shape}" if mask_shape else "no masks from the environment"
-        print(f"{args.run_dir}: {device}, {network}, heads {agent.nvec}, {masks}")
+        print(f"{args.run_dir}: {device}, {network}, heads {agent.nvec}, mask {args.mask}, {masks}")
     envs = make_envs(args, 1 if args.eval else args.num_envs // WORLD_SIZE, seed, video_dir)
     if args.eval:
         evaluate(args, agent, envs, seed, step)

@@ -14,12 +14,15 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, NoReturn
+
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = "--env-id tests.envs.user:User-v0"
@@ -31,6 +34,8 @@ def serve() -> dict[str, Any] | None:
     forkserver.set_forkserver_preload(["ppo_discrete"])
     forkserver.ensure_running()
     forkserver._forkserver.ensure_running = lambda: None  # one for the workers of all runs
+    tqdm.monitor_interval = 0  # no thread beside the one that forks
+    tqdm.set_lock(threading.RLock())  # its own one is shared, and a killed run would keep it
     sys.argv = "ppo_discrete.py --total-timesteps 512 --no-progress --run-dir warm".split()
     importlib.import_module("ppo_discrete").main()  # imports what a run imports late
     importlib.import_module("torch.distributed.run")
@@ -95,11 +100,9 @@ def run_script(job: dict[str, Any]) -> None:
 def server() -> subprocess.Popen:
     """Start the process that forks."""
     home = tempfile.TemporaryDirectory()
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, __file__], cwd=home.name, env=env, text=True, **pipes
-    )
+    process = subprocess.Popen([sys.executable, __file__], cwd=home.name, env=env, **pipes)
     atexit.register(home.cleanup)
     atexit.register(process.stdin.close)
     process.running = None
@@ -121,12 +124,8 @@ def start(
     if server().running:  # of a test that failed
         kill(server().running[0], signal.SIGKILL)
         finish()
-    job = {
-        "cwd": str(cwd),
-        "flags": [*flags.split(), *map(str, more)],
-        "script": str(ROOT / script),
-    }
-    job |= {"before": before, "processes": processes, "call": call}
+    job = {"cwd": str(cwd), "flags": [*flags.split(), *map(str, more)]}
+    job |= {"script": str(ROOT / script), "before": before, "processes": processes, "call": call}
     server().stdin.write(json.dumps(job) + "\n")
     server().stdin.flush()
     server().running = int(server().stdout.readline()), cwd

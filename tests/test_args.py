@@ -144,13 +144,8 @@ def test_other_values(parse: Callable) -> None:
     """Several numbers, `=`, the last of a repeated flag, and zero, which is not None."""
     flags = "--hidden-sizes 32 16 --gamma 0.5 --gamma 0.75 --seed=7 --actor-learning-rate 0"
     args = parse(*flags.split(), "--env-kwargs", '{"a": true, "b": [1, null]}')
-    assert args == ppo_discrete.Args(
-        hidden_sizes=(32, 16),
-        gamma=0.75,
-        seed=7,
-        actor_learning_rate=0.0,
-        env_kwargs={"a": True, "b": [1, None]},
-    )
+    expected = {"hidden_sizes": (32, 16), "gamma": 0.75, "seed": 7, "actor_learning_rate": 0.0}
+    assert args == ppo_discrete.Args(**expected, env_kwargs={"a": True, "b": [1, None]})
 
 
 # ---- what is refused
@@ -158,19 +153,14 @@ def test_other_values(parse: Callable) -> None:
 WRONG = [
     # What tyro finds
     ("--nope 3", "nope"),
-    ("--gama 0.9", "--gamma"),
-    ("CartPole-v1", "CartPole-v1"),
     ("--gamma", "--gamma"),
     ("--gamma high", "high"),
-    ("--seed 1.5", "1.5"),
     ("--activation swish", "swish"),
     ("--norm-value yes", "popart"),
     ("--vectorization threads", "envpool"),
-    ("--env-kwargs {", "env-kwargs"),
     ("--env-kwargs gravity=3", "env-kwargs"),
     ("--anneal-lr False", "False"),
     ("--no-anneal-lr True", "True"),
-    ("--anneal-lr=False", "False"),
     # Sizes
     ("--num-minibatches 3", "3"),
     ("--num-envs 3 --num-steps 5", "5"),

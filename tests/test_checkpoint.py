@@ -362,6 +362,26 @@ def test_checkpoint_of_another_distribution(main: Callable, train: Callable) -> 
         assert "beta" in refused(main, *f"{flag} {flags}".split(), module=ppo_continuous)
 
 
+def test_checkpoint_of_another_script(main: Callable, copied: Path) -> None:
+    err = refused(main, "--eval", "r", module=ppo_continuous)
+    assert "ppo_discrete.py" in err
+
+
+@pytest.mark.parametrize("was, now", [("fixed", "independent"), ("independent", "fixed")])
+def test_resume_with_another_std(main: Callable, train: Callable, was: str, now: str) -> None:
+    """The optimizer's moments would be those of other weights: only one of them has a log_std."""
+    train(f"{FLAGS} --env-id Pendulum-v1 --std {was}", module=ppo_continuous)
+    flags = f"--resume r --std {now} --total-timesteps 2048"
+    assert was in refused(main, *flags.split(), module=ppo_continuous)
+
+
+def test_resume_with_another_constant_std(train: Callable) -> None:
+    """The flag given beside the run's own sets it."""
+    train(f"{FLAGS} --env-id Pendulum-v1 --std fixed", module=ppo_continuous)
+    train("--resume r --log-std-init -2 --total-timesteps 2048", module=ppo_continuous)
+    assert checkpoint()["agent"]["log_std"].tolist() == [-2.0]
+
+
 # ---- scripts that were edited
 
 

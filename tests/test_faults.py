@@ -136,20 +136,15 @@ def test_second_signal(tmp_path: Path, signum: int, mode: str) -> None:
 def test_error_in_an_environment(tmp_path: Path, fault: str, script: str) -> None:
     """In the third iteration: the traceback has the user's file, and the note the environment."""
     actions = {"discrete": "Discrete", "continuous": "Box"}.get(script, "MultiDiscrete")
-    code, _, err = run(
-        tmp_path, TEN, *user(fault=fault, actions=actions), script=f"ppo_{script}.py"
-    )
+    script = f"ppo_{script}.py"
+    code, _, err = run(tmp_path, TEN, *user(fault=fault, actions=actions), script=script)
     assert code == 1
     assert f"ValueError: no {fault}" in err
     assert f'{Path("envs", "user.py")}", line' in err
     assert f"environment {bad_environment(tmp_path)}" in err.splitlines()[-1]
     assert checkpoint(tmp_path / "r")["step"] == 2 * STEPS
-    code, _, err = run(
-        tmp_path,
-        "--resume r --total-timesteps 96",
-        *user(actions=actions),
-        script=f"ppo_{script}.py",
-    )
+    flags = "--resume r --total-timesteps 96"
+    code, _, err = run(tmp_path, flags, *user(actions=actions), script=script)
     assert (code, err) == (0, "")
 
 

@@ -158,11 +158,7 @@ def test_a_rollout_without_valid_steps(norm_value: str) -> None:
     ],
 )
 def test_statistics_advance_once_an_iteration(
-    ppo: ModuleType,
-    env_id: str,
-    vectorization: str,
-    main: Callable,
-    monkeypatch: pytest.MonkeyPatch,
+    ppo: ModuleType, env_id: str, vectorization: str, main: Callable, monkeypatch: Any
 ) -> None:
     """With the valid samples of its rollout; they are frozen in a rollout and in an update.
 
