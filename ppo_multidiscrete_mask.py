@@ -107,7 +107,7 @@ class Args:
     vclip_coef: float | None = None  # clip of the value (None: clip_coef)
     value_loss: Literal["mse", "huber"] = "mse"  # half the squared error, or Huber loss
     critic_epochs: int = 0  # additional epochs that train only the critic
-    critic_warmup_iterations: int = 0  # first iterations that train only the critic
+    critic_warmup_iterations: int = 0  # first iterations of a run that train only the critic
     # Entropy
     ent_coef: float = 0.01  # coefficient of the entropy bonus
     ent_coef_final: float | None = None  # its value in the last iteration (None: constant)
@@ -157,8 +157,8 @@ def check_args(args: Args) -> None:
         fail(f"{args.num_envs} environments x {args.num_steps} steps do not divide into {split}")
     if args.norm_adv and args.norm_adv_scope == "minibatch" and batch_size == args.num_minibatches:
         fail("norm_adv needs two or more samples in a minibatch")
-    if args.ref_kl_coef and not args.ref_checkpoint:
-        fail("ref_kl_coef needs ref_checkpoint")
+    if args.ref_kl_coef and args.ref_checkpoint in (None, args.resume):
+        fail("ref_kl_coef needs ref_checkpoint, which is not the run to resume: copy that one")
     if args.capture_video and args.vectorization in ("native", "envpool"):
         fail(f"capture_video needs vectorization sync or async, not {args.vectorization}")
 
@@ -200,7 +200,7 @@ def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
         trigger = (lambda n: n < args.eval_episodes) if args.eval else None  # None: Gymnasium's
         env = gym.wrappers.RecordVideo(env, str(video_dir), trigger)
     if is_atari(args.env_id):
-        env = gym.wrappers.AtariPreprocessing(env)
+        env = gym.wrappers.AtariPreprocessing(env, frame_skip=args.env_kwargs.get("frameskip", 4))
         if env.unwrapped.get_action_meanings()[1] == "FIRE":
             env = FireReset(env)
         return gym.wrappers.FrameStackObservation(env, 4)
@@ -372,8 +372,7 @@ def make_envs(args: Args, num_envs: int, seed: int, video_dir: Path | None = Non
     if isinstance(space, spaces.Box) and len(space.shape) in (1, 3):
         return envs
     envs = gym.vector.VectorWrapper(envs)
-    # envpool gives the space of one environment
-    envs.observation_space = gym.vector.utils.batch_space(space, num_envs)
+    envs.observation_space = gym.vector.utils.batch_space(space, num_envs)  # envpool: of one
     return gym.wrappers.vector.FlattenObservation(envs)
 
 
@@ -463,7 +462,7 @@ class Agent(nn.Module):
         self.mask = args.mask
         self.conditional = False  # set by `Rollout`: whether the first choice decides on masks
         offsets = torch.tensor([0, *self.nvec[:-1]]).cumsum(0)  # of the heads in D
-        self.register_buffer("offsets", offsets, persistent=False)
+        self.register_buffer("offsets", offsets)
         # argmax(logits + Gumbel noise) is a sample of softmax(logits)
         self.noise = torch.distributions.Gumbel(torch.zeros(sum(self.nvec)), torch.ones(1))
         width = 512 if self.image else 256 if self.grid else (*obs_shape, *args.hidden_sizes)[-1]
@@ -921,9 +920,7 @@ def train(
     first_step = step = checkpoint.get("step", 0)
     first_iteration = num_iterations - (args.total_timesteps - step) // batch_size
     returns = deque(checkpoint.get("returns", []), maxlen=100)  # of the last episodes
-    kl_coef = args.kl_coef
-    if args.kl_target is not None:
-        kl_coef = checkpoint.get("kl_coef") or kl_coef or 1.0
+    kl_coef = args.kl_coef or (0.0 if args.kl_target is None else 1.0)
     stop_signal = 0
 
     def request_stop(signum: int, _: Any) -> None:
@@ -999,7 +996,7 @@ def train(
         # Checkpoint
         due = args.checkpoint_every and (iteration + 1) % args.checkpoint_every == 0
         if RANK == 0 and (due or stop or iteration == num_iterations - 1):
-            checkpoint = {"args": vars(args) | {"resume": None}, "step": step, "kl_coef": kl_coef}
+            checkpoint = {"args": vars(args) | {"resume": None, "kl_coef": kl_coef}, "step": step}
             checkpoint |= {"returns": list(returns), "optimizer": optimizer.state_dict()["state"]}
             checkpoint |= {"agent": agent.state_dict()}
             path = Path(args.run_dir, "checkpoint.pt")
@@ -1026,6 +1023,8 @@ def main() -> None:
         flags = Args(**checkpoint["args"])
         flags.capture_video &= not args.eval  # an evaluation records videos only if asked to
         args = replace(tyro.cli(Args, description=__doc__, default=flags), run_dir=run_dir)
+        if args.resume and args.norm_value != flags.norm_value:
+            fail(f"the run to resume has norm_value {flags.norm_value}")
     check_args(args)
     reference_checkpoint = {}
     if args.ref_checkpoint and not args.eval:
@@ -1095,7 +1094,7 @@ def main() -> None:
         masks = f"masks {mask_shape}" if mask_shape else "no masks from the environment"
         print(f"{args.run_dir}: {device}, {network}, heads {agent.nvec}, mask {args.mask}, {masks}")
     envs = make_envs(args, 1 if args.eval else args.num_envs // WORLD_SIZE, seed, video_dir)
-    if args.eval:
+    if args.eval and RANK == 0:
         evaluate(args, agent, envs, seed, step)
     stop = 0 if args.eval else train(args, agent, reference, envs, seed, checkpoint)
     envs.close()

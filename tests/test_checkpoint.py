@@ -21,6 +21,7 @@ from test_train import ITERATIONS, STEPS, Counted, checkpoint
 
 import ppo_continuous
 import ppo_discrete
+import ppo_multidiscrete_mask
 
 FLAGS = f"{TRAIN_FLAGS} --env-id Counted-v0"
 same = partial(torch.testing.assert_close, rtol=0, atol=0)  # of nested dicts and lists
@@ -144,18 +145,18 @@ def test_flags_beside_resume_win(
     args = checkpoint()["args"]
     assert (args["gamma"], args["seed"], args["num_envs"]) == (0.9, 4, 2)
     assert (args["ent_coef"], args["clip_coef"], args["target_kl"]) == (0.01, 0.3, None)
-    assert [value for _, value in scalars()["charts/ent_coef"]] == pytest.approx(
-        [0.02] * 3 + [0.01] * 5
-    )
+    ent_coefs = [value for _, value in scalars()["charts/ent_coef"]]
+    assert ent_coefs == pytest.approx([0.02] * 3 + [0.01] * 5)
 
 
 def test_kl_coef_goes_on(interrupt: Callable, train: Callable) -> None:
-    """It keeps halving; a penalty without a target takes the flag."""
+    """It keeps halving; a flag beside --resume wins, with a target and without."""
     interrupt(f"{FLAGS} --kl-target 9 --learning-rate 0")
     train("--resume r --total-timesteps 160")
     train("--resume r --kl-coef 3 --kl-target None --total-timesteps 192")
+    train("--resume r --kl-coef 5 --kl-target 9 --total-timesteps 224")
     values = [value for _, value in scalars()["charts/kl_coef"]]
-    assert values == [1, 0.5, 0.25, 0.125, 0.0625, 3]
+    assert values == [1, 0.5, 0.25, 0.125, 0.0625, 3, 5]
 
 
 def test_log_std_goes_on(interrupt: Callable, train: Callable) -> None:
@@ -343,6 +344,8 @@ def test_checkpoint_with_code(main: Callable, copied: Path, zipped: bool, flag: 
         ("--eval r --env-id CartPole-v1", ["Counted-v0", "CartPole-v1"]),
         ("--ref-checkpoint r --env-id CartPole-v1", ["Counted-v0", "CartPole-v1"]),
         ("--resume r --hidden-sizes 9 --total-timesteps 999", ["actor.0.weight"]),
+        ("--resume r --norm-value running --total-timesteps 999", ["norm_value none"]),
+        ("--resume r --ref-checkpoint r --ref-kl-coef 1 --total-timesteps 999", ["ref_checkpoint"]),
         ("--eval r --hidden-sizes 16 16", ["actor"]),
         ("--eval r --shared-network", ["trunk"]),
     ],
@@ -356,15 +359,17 @@ def test_checkpoint_of_something_else(
 
 def test_checkpoint_of_another_distribution(main: Callable, train: Callable) -> None:
     """Beta and state have networks of the same shapes."""
-    train(f"{FLAGS} --env-id Pendulum-v1 --distribution beta", module=ppo_continuous)
+    train(f"{FLAGS} --env-id Pendulum-v1 --distribution beta --std state", module=ppo_continuous)
     flags = "--distribution gaussian --std state --env-id Pendulum-v1 --total-timesteps 2048"
     for flag in ("--resume r", "--eval r", "--ref-checkpoint r"):
         assert "beta" in refused(main, *f"{flag} {flags}".split(), module=ppo_continuous)
 
 
-def test_checkpoint_of_another_script(main: Callable, copied: Path) -> None:
-    err = refused(main, "--eval", "r", module=ppo_continuous)
-    assert "ppo_discrete.py" in err
+def test_checkpoint_of_another_script(main: Callable, train: Callable, copied: Path) -> None:
+    """It is refused, even if the networks are the same and only the masks would be lost."""
+    assert "ppo_discrete.py" in refused(main, "--eval", "r", module=ppo_continuous)
+    train(f"{FLAGS} --run-dir m", module=ppo_multidiscrete_mask)
+    assert "offsets" in refused(main, "--eval", "m")
 
 
 @pytest.mark.parametrize("was, now", [("fixed", "independent"), ("independent", "fixed")])

@@ -15,10 +15,8 @@ from conftest import read_scalars
 from forks import ENV, checkpoint, exists, finish, kill, record, run, start, wait_until, workers_of
 
 STEPS = 24  # of an iteration
-FLAGS = (
-    "--num-envs 3 --num-steps 8 --num-minibatches 2 --update-epochs 1 --hidden-sizes 8 --no-cuda"
-)
-FLAGS += " --no-progress --run-dir r --checkpoint-every 1"
+FLAGS = "--num-envs 3 --num-steps 8 --num-minibatches 2 --update-epochs 1 --hidden-sizes 8 "
+FLAGS += "--no-cuda --no-progress --run-dir r --checkpoint-every 1"
 FOREVER = f"{ENV} {FLAGS} --total-timesteps 24000000"
 TEN = f"{ENV} {FLAGS} --total-timesteps 240"
 

@@ -444,9 +444,8 @@ def test_run_counts_valid_rows_and_logs_raw_returns(
             assert (step, value) == (30 * (i + 1), pytest.approx(np.mean(values), rel=1e-6))
     assert scalars["charts/return_100"][-1][1] == pytest.approx(np.mean(returns), rel=1e-6)
     agent = torch.load("run/checkpoint.pt", weights_only=True)["agent"]
-    assert {int(agent[f"{norm}.count"]) for norm in ("obs_norm", "reward_norm", "value_norm")} == {
-        len(rows)
-    }
+    norms = ("obs_norm", "reward_norm", "value_norm")
+    assert {int(agent[f"{norm}.count"]) for norm in norms} == {len(rows)}
     mean = np.mean([np.float32(row.obs) for row in rows], 0, dtype=np.float64)
     np.testing.assert_allclose(agent["obs_norm.mean64"], mean, atol=1e-6)
     assert (len(rows) < 90) == (mode == "native")

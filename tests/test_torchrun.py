@@ -203,7 +203,7 @@ def test_equal_to_one_process(played: Callable, processes: int, script: str, var
         for name, value in one["agent"].items():
             assert torch.equal(other["agent"][name], seen[0]["agent"][name]), name  # bit by bit
             torch.testing.assert_close(other["agent"][name], value, rtol=1e-6, atol=1e-5)
-    assert checkpoint(together)["kl_coef"] == checkpoint(alone)["kl_coef"]
+    assert checkpoint(together)["args"]["kl_coef"] == checkpoint(alone)["args"]["kl_coef"]
     mine, theirs = read_scalars(alone), read_scalars(together)
     assert mine.keys() == theirs.keys()
     assert len(mine) > 15
@@ -265,13 +265,14 @@ def test_whole_run(tmp_path: Path) -> None:
     check_points(tmp_path, 256)
     assert checkpoint(tmp_path / "r")["agent"]["obs_norm.count"] == 256
     for processes, total in ((1, 384), (4, 512)):
-        flags = f"--resume r --total-timesteps {total}"
-        code, _, err = run(tmp_path, flags, processes=processes)
-        assert code == 0, err
+        resume = f"--resume r --total-timesteps {total}"
+        assert run(tmp_path, resume, processes=processes)[0] == 0
         assert checkpoint(tmp_path / "r")["step"] == total
         assert checkpoint(tmp_path / "r")["agent"]["obs_norm.count"] == total
     check_points(tmp_path, 512)
     assert len({seed for _, seed in record(tmp_path, "seed")}) == 4 * 3
+    _, out, _ = run(tmp_path, "--eval r --eval-episodes 1", processes=2)
+    assert out.count("mean return") == 1
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])

@@ -116,9 +116,8 @@ def test_minibatches_partition_the_batch(module: ModuleType, epochs: int, miniba
         orders.append(tuple(order))
     assert len(set(orders)) == epochs
     for call in found.calls:
-        torch.testing.assert_close(
-            call.minibatch["weights"], torch.full((B // minibatches,), minibatches / B)
-        )
+        weights = torch.full((B // minibatches,), minibatches / B)
+        torch.testing.assert_close(call.minibatch["weights"], weights)
         assert call.training
 
 
@@ -339,12 +338,9 @@ def test_reference_policy(own: bool, iterations: Callable) -> None:
         logits = x @ state["actor.4.weight"].T + state["actor.4.bias"]
         expected = logits.log_softmax(-1)
         torch.testing.assert_close(it.batch["ref_dists"], expected, atol=1e-5, rtol=1e-4)
-        kls = [
-            kl_divergence(
-                Categorical(logits=agent(it.batch["obs"])[0]), Categorical(logits=expected)
-            )
-            for agent in (it.before, it.after)
-        ]
+        policies = [agent(it.batch["obs"])[0] for agent in (it.before, it.after)]
+        target = Categorical(logits=expected)
+        kls = [kl_divergence(Categorical(logits=logits), target) for logits in policies]
         assert kls[0].mean() > 1.1 * kls[1].mean()
 
 
