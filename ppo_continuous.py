@@ -203,7 +203,8 @@ def make_env(args: Args, video_dir: Path | None = None) -> gym.Env:
     render_mode = {"render_mode": "rgb_array"} if video_dir else {}
     env = gym.make(args.env_id, **env_kwargs | render_mode)
     if video_dir:
-        trigger = (lambda n: n < args.eval_episodes) if args.eval else None  # None: Gymnasium's
+        # an evaluation records every episode, a training those that Gymnasium chooses
+        trigger = (lambda n: n < args.eval_episodes) if args.eval else None
         env = gym.wrappers.RecordVideo(env, str(video_dir), trigger)
     if is_atari(args.env_id):
         env = gym.wrappers.AtariPreprocessing(env, frame_skip=args.env_kwargs.get("frameskip", 4))
@@ -264,7 +265,8 @@ def make_envs(args: Args, num_envs: int, seed: int, video_dir: Path | None = Non
     if fits_network(space):
         return envs
     envs = gym.vector.VectorWrapper(envs)
-    envs.observation_space = gym.vector.utils.batch_space(space, num_envs)  # envpool: of one
+    # envpool gives the space of one environment
+    envs.observation_space = gym.vector.utils.batch_space(space, num_envs)
     return gym.wrappers.vector.FlattenObservation(envs)
 
 
