@@ -464,7 +464,7 @@ class Agent(nn.Module):
         self.mask = args.mask
         self.conditional = False  # set by `Rollout`: whether the first choice decides on masks
         offsets = torch.tensor([0, *self.nvec[:-1]]).cumsum(0)  # of the heads in D
-        self.register_buffer("offsets", offsets)
+        self.register_buffer("offsets", offsets)  # saved: ppo_discrete.py then refuses the file
         # argmax(logits + Gumbel noise) is a sample of softmax(logits)
         self.noise = torch.distributions.Gumbel(torch.zeros(sum(self.nvec)), torch.ones(1))
         width = 512 if self.image else 256 if self.grid else (*obs_shape, *args.hidden_sizes)[-1]
@@ -681,7 +681,7 @@ def evaluate_policy(agent: Agent, obs: Tensor, masks: Tensor) -> tuple[Tensor, T
 
 def used_masks(agent: Agent, rollout: Rollout) -> Tensor:
     """Masks [T + 1, N, D] of all heads on the path that the first head took."""
-    first = np.concatenate((rollout.actions, rollout.actions[-1:]))[..., 0]  # + a row for values
+    first = np.concatenate((rollout.actions, rollout.actions[-1:]))[..., 0]  # last row: any action
     first = torch.from_numpy(first).to(agent.offsets.device).flatten()
     masks = torch.from_numpy(rollout.masks).to(first.device).flatten(0, 1)
     return agent.path_masks(agent.policy_masks(masks), first).unflatten(0, rollout.valid.shape)

@@ -153,14 +153,17 @@ def test_other_values(parse: Callable) -> None:
 WRONG = [
     # What tyro finds
     ("--nope 3", "nope"),
+    ("--gama 0.9", "--gamma"),
     ("--gamma", "--gamma"),
     ("--gamma high", "high"),
+    ("--seed 1.5", "1.5"),
     ("--activation swish", "swish"),
     ("--norm-value yes", "popart"),
     ("--vectorization threads", "envpool"),
     ("--env-kwargs gravity=3", "env-kwargs"),
     ("--anneal-lr False", "False"),
     ("--no-anneal-lr True", "True"),
+    ("--anneal-lr=False", "False"),
     # Sizes
     ("--num-minibatches 3", "3"),
     ("--num-envs 3 --num-steps 5", "5"),
