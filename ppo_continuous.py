@@ -406,7 +406,7 @@ class Agent(nn.Module):
         return self.distribution(features), self.critic(features).squeeze(-1)
 
     def log_prob(self, dist: Tensor, actions: Tensor) -> Tensor:
-        """Log-densities [n] of the unclipped actions [n, A] under distributions [n, D]."""
+        """Log-densities [n] of actions [n, A], as `act` gives them, under distributions [n, D]."""
         if self.beta:
             inside = actions.clamp(1e-6, 1 - 1e-6)  # the density may be 0 at the bounds
             return Beta(*dist.chunk(2, -1), validate_args=False).log_prob(inside).sum(-1)
@@ -601,11 +601,11 @@ def make_batch(
         old_outputs = (values - norm.mean) / norm.std
     obs = torch.from_numpy(rollout.obs[:-1]).to(values.device).flatten(0, 1)
     actions = torch.from_numpy(rollout.actions).to(values.device).flatten(0, 1)
-    batch = {
+    batch = {  # B rows each: `update` shuffles them
         "obs": obs,
         "actions": actions,
         "dists": dists,
-        "logprobs": agent.log_prob(dists, actions),
+        "logprobs": agent.log_prob(dists, actions),  # `act` has to sample from the same dists
         "advantages": advantages,
         "values": old_outputs,  # in units of the critic's outputs, as are the targets
         "targets": (targets - norm.mean) / norm.std,
@@ -854,7 +854,7 @@ def train(
             writer.file_writer.add_summary(Summary(value=values), step)
         bar.update(batch_size)
 
-        # Checkpoint
+        # Checkpoint, of tensors and Python's own types: `weights_only` loads no NumPy numbers
         due = args.checkpoint_every and (iteration + 1) % args.checkpoint_every == 0
         if RANK == 0 and (due or stop or iteration == num_iterations - 1):
             checkpoint = {"args": vars(args) | {"resume": None, "kl_coef": kl_coef}, "step": step}

@@ -542,11 +542,11 @@ def make_batch(
         old_outputs = (values - norm.mean) / norm.std
     obs = torch.from_numpy(rollout.obs[:-1]).to(values.device).flatten(0, 1)
     actions = torch.from_numpy(rollout.actions).to(values.device).flatten(0, 1)
-    batch = {
+    batch = {  # B rows each: `update` shuffles them
         "obs": obs,
         "actions": actions,
         "dists": dists,
-        "logprobs": agent.log_prob(dists, actions),
+        "logprobs": agent.log_prob(dists, actions),  # `act` has to sample from the same dists
         "advantages": advantages,
         "values": old_outputs,  # in units of the critic's outputs, as are the targets
         "targets": (targets - norm.mean) / norm.std,
@@ -791,7 +791,7 @@ def train(
             writer.file_writer.add_summary(Summary(value=values), step)
         bar.update(batch_size)
 
-        # Checkpoint
+        # Checkpoint, of tensors and Python's own types: `weights_only` loads no NumPy numbers
         due = args.checkpoint_every and (iteration + 1) % args.checkpoint_every == 0
         if RANK == 0 and (due or stop or iteration == num_iterations - 1):
             checkpoint = {"args": vars(args) | {"resume": None, "kl_coef": kl_coef}, "step": step}

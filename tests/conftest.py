@@ -28,17 +28,20 @@ def main(
     """Run the script with flags in this process: exit code, standard output and error."""
     monkeypatch.chdir(tmp_path)
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    ended = 0
 
     def main(*flags: Any, module: ModuleType = ppo_discrete) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, flags)])
-        if {"--resume", "--eval"} & set(flags):  # names of event files begin with the second
-            time.sleep(1 - time.time() % 1)
+        nonlocal ended
+        if {"--resume", "--eval"} & set(flags) and int(time.time()) == ended:
+            time.sleep(1 - time.time() % 1)  # names of event files begin with the second
         code = 0
         capfd.readouterr()
         try:
             module.main()
         except SystemExit as stop:
             code = stop.code
+        ended = int(time.time())
         return code or 0, *capfd.readouterr()
 
     yield main
@@ -55,12 +58,3 @@ def read_scalars(run_dir: Path | str) -> dict[str, list[tuple[int, float]]]:
     return {
         tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]
     }
-
-
-def alive(group: int) -> bool:
-    """Whether a process of the group is left."""
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True

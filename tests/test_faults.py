@@ -5,13 +5,15 @@ import os
 import random
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import read_scalars
+from conftest import ROOT, read_scalars
 from forks import ENV, checkpoint, exists, finish, kill, record, run, start, wait_until, workers_of
 
 STEPS = 24  # of an iteration
@@ -19,6 +21,12 @@ FLAGS = "--num-envs 3 --num-steps 8 --num-minibatches 2 --update-epochs 1 --hidd
 FLAGS += "--no-cuda --no-progress --run-dir r --checkpoint-every 1"
 FOREVER = f"{ENV} {FLAGS} --total-timesteps 24000000"
 TEN = f"{ENV} {FLAGS} --total-timesteps 240"
+
+SCRIPTS = {
+    "Discrete": "ppo_discrete.py",
+    "Box": "ppo_continuous.py",
+    "MultiDiscrete": "ppo_multidiscrete_mask.py",
+}
 
 
 def user(**kwargs: Any) -> tuple[str, str]:
@@ -93,12 +101,13 @@ def test_points_survive_a_kill(tmp_path: Path) -> None:
 def test_signal_saves(tmp_path: Path, signum: int, mode: str) -> None:
     """In the middle of the third rollout; a terminal sends Ctrl-C to the workers as well."""
     flags = f"{FOREVER} --checkpoint-every 0 --vectorization {mode}"
-    pid = start(tmp_path, flags, *user(wait=0.5))
+    pid = start(tmp_path, flags, *user(wait=20))
     wait_until(lambda: record(tmp_path, "there"))
     workers = workers_of(tmp_path) - {pid}
     assert len(workers) == (3 if mode == "async" else 0)
     for process in (pid, *(workers if signum == signal.SIGINT else ())):
         os.kill(process, signum)
+    (tmp_path / "go").touch()
     code, out, err = finish()
     assert (code, err) == (128 + signum, "")
     assert "--resume r" in out
@@ -109,6 +118,35 @@ def test_signal_saves(tmp_path: Path, signum: int, mode: str) -> None:
     assert len(read_scalars(tmp_path / "r")["losses/policy_loss"]) == 5
 
 
+def test_ctrl_c_in_a_terminal(tmp_path: Path) -> None:
+    """It goes to all processes of a group, among them that which starts the workers."""
+    command = [sys.executable, str(ROOT / "ppo_discrete.py"), *FOREVER.split(), *user(wait=60)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(
+        [*command, "--vectorization", "async"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+        **pipes,
+    )
+    try:
+        wait_until(lambda: record(tmp_path, "there") or process.poll() is not None, 120)
+        os.killpg(process.pid, signal.SIGINT)
+        (tmp_path / "go").touch()
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, err) == (130, "")
+    assert "--resume r" in out
+    assert checkpoint(tmp_path / "r")["step"] == 3 * STEPS
+
+
+def catches(pid: int, signum: int) -> bool:
+    """Whether a process has a handler of its own for a signal."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    return bool(int(re.search(r"SigCgt:\s*(\w+)", text)[1], 16) >> signum - 1 & 1)
+
+
 @pytest.mark.parametrize("mode", ["sync", "async"])
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_second_signal(tmp_path: Path, signum: int, mode: str) -> None:
@@ -117,8 +155,7 @@ def test_second_signal(tmp_path: Path, signum: int, mode: str) -> None:
     wait_until(lambda: record(tmp_path, "there"))
     begun = time.monotonic()
     os.kill(pid, signum)
-    time.sleep(0.1)
-    assert exists(pid)
+    wait_until(lambda: not catches(pid, signum))  # the first one has arrived
     os.kill(pid, signum)
     code, out, _ = finish()
     assert time.monotonic() - begun < 5
@@ -129,12 +166,11 @@ def test_second_signal(tmp_path: Path, signum: int, mode: str) -> None:
         kill(worker, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("script", ["discrete", "continuous", "multidiscrete_mask"])
+@pytest.mark.parametrize("actions", SCRIPTS)
 @pytest.mark.parametrize("fault", ["step", "reset"])
-def test_error_in_an_environment(tmp_path: Path, fault: str, script: str) -> None:
+def test_error_in_an_environment(tmp_path: Path, fault: str, actions: str) -> None:
     """In the third iteration: the traceback has the user's file, and the note the environment."""
-    actions = {"discrete": "Discrete", "continuous": "Box"}.get(script, "MultiDiscrete")
-    script = f"ppo_{script}.py"
+    script = SCRIPTS[actions]
     code, _, err = run(tmp_path, TEN, *user(fault=fault, actions=actions), script=script)
     assert code == 1
     assert f"ValueError: no {fault}" in err
@@ -200,11 +236,13 @@ def test_dead_worker(tmp_path: Path, whose: str) -> None:
     assert run(tmp_path, "--resume r --vectorization sync", *user())[0] == 0
 
 
+@pytest.mark.parametrize("actions", SCRIPTS)
 @pytest.mark.parametrize("fault", ["reward", "observation", "losses/"])
-def test_not_finite(tmp_path: Path, fault: str) -> None:
+def test_not_finite(tmp_path: Path, fault: str, actions: str) -> None:
     """The error says what, in which iteration, step and environment; nothing is saved after it."""
-    kwargs = {"fault": "large reward" if fault == "losses/" else fault}
-    code, _, err = run(tmp_path, TEN, *user(**kwargs))
+    kwargs = {"fault": "large reward" if fault == "losses/" else fault, "actions": actions}
+    flags = f"{TEN} --norm-obs --no-norm-reward"
+    code, _, err = run(tmp_path, flags, *user(**kwargs), script=SCRIPTS[actions])
     assert code == 1
     assert fault in err.splitlines()[-1]
     number = bad_environment(tmp_path)

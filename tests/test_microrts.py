@@ -1,4 +1,4 @@
-"""tests/envs/microrts.py: the mining task, its masks, and its agreement with the game's client."""
+"""tests/envs/microrts.py: the mining task and its masks."""
 
 import importlib.util
 import shutil

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from test_targets import FLAGS, MODES, by_env, play
+from test_targets import FLAGS, play
 from test_update import make_optimizer
 from torch import Tensor
 
@@ -99,34 +99,6 @@ def test_normalized_observations(norm_obs: bool, clip: float | None) -> None:
     torch.testing.assert_close(logprobs, agent.actor(inputs).log_softmax(-1))
     torch.testing.assert_close(values, agent.critic(inputs)[:, 0])
     assert torch.equal(agent.act(obs, None), logprobs.argmax(-1))
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("bootstrap", [True, False])
-@pytest.mark.parametrize("clip", [None, 0.7])
-def test_normalized_rewards(mode: str, bootstrap: bool, clip: float | None) -> None:
-    """Over the std of all discounted returns so far, which start at 0 in each episode."""
-    flags = FLAGS | dict(norm_reward=True, clip_reward=clip, bootstrap_truncated=bootstrap)
-    args = ppo_discrete.Args(**flags, num_steps=9, num_envs=4)
-    agent, rollout, collect = play(args, mode)
-    discounted, history = [0.0] * 4, []
-    for _ in range(5):
-        logs = collect()
-        for n, steps in enumerate(logs):
-            for step in steps:
-                discounted[n] = step.reward + args.gamma * discounted[n]
-                history.append(discounted[n])
-                if step.terminated or step.truncated:
-                    discounted[n] = 0.0
-        ppo_discrete.process_rewards(agent, rollout, args)
-        for steps, rewards in zip(logs, by_env(rollout, rollout.rewards), strict=True):
-            raw = np.array([step.reward for step in steps])
-            limit = np.inf if clip is None else clip
-            expected = (raw / np.std(history)).clip(-limit, limit)
-            np.testing.assert_allclose(rewards, expected, rtol=1e-5)
-            np.testing.assert_array_equal(np.sign(rewards), np.sign(raw))
-    assert agent.reward_norm.count == len(history)
-    assert np.mean(history) > 0.5  # a mean that must not be subtracted
 
 
 @pytest.mark.parametrize("norm_value", ["running", "popart"])
@@ -235,43 +207,3 @@ def test_a_normalizer_that_is_off_takes_no_samples(
     for name in NORMS:
         assert saved[f"{name}.count"] == (0 if name == off else 64)
         assert bool((saved[f"{name}.std"] == 1).all()) == (name == off)
-
-
-def test_statistics_are_saved_and_frozen_in_evaluation(
-    main: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """--eval takes the actions of the agent that was trained; --resume continues the counts."""
-    ppo, agents, steps = ppo_continuous, [], []
-    collect = ppo.Rollout.collect
-
-    def spy(rollout: Any, agent: Any, *rest: Any) -> list:
-        before = statistics(agent)
-        episodes = collect(rollout, agent, *rest)
-        assert same(statistics(agent), before)
-        agents.append(agent)
-        steps.append((rollout.obs[0].copy(), rollout.actions[0].copy()))
-        return episodes
-
-    monkeypatch.setattr(ppo.Rollout, "collect", spy)
-    flags = ["--env-id", "Pendulum-v1", "--num-steps", 128, "--num-minibatches", 2, *ALL_NORMS]
-    flags += ["--no-progress", "--run-dir", "run", "--total-timesteps", 256]
-    assert main(*flags, module=ppo)[0] == 0
-    trained = agents[-1]
-    assert not any(name.startswith(NORMS) for name, _ in trained.named_parameters())
-    path = tmp_path / "run" / "checkpoint.pt"
-    content = path.read_bytes()
-    saved = torch.load(path, weights_only=True)["agent"]
-    assert [saved[f"{name}.count"].item() for name in NORMS] == [256] * 3
-
-    steps.clear()
-    assert main("--eval", "run", "--eval-episodes", 1, module=ppo)[0] == 0
-    assert len(steps) == 200
-    assert same(statistics(agents[-1]), statistics(trained))
-    for obs, action in steps:
-        with torch.no_grad():
-            assert np.array_equal(trained.act(torch.tensor(obs), None), action)
-    assert path.read_bytes() == content
-
-    assert main("--resume", "run", "--total-timesteps", 512, module=ppo)[0] == 0
-    resumed = torch.load(path, weights_only=True)["agent"]
-    assert [resumed[f"{name}.count"].item() for name in NORMS] == [512] * 3

@@ -129,6 +129,20 @@ def sums(
     return results
 
 
+@scripts
+def test_policy_is_evaluated_in_chunks(ppo: ModuleType) -> None:
+    """Of more observations than a chunk holds, and the last one is smaller."""
+    agent = play(ppo.Args(**FLAGS, num_steps=1, num_envs=1), ppo=ppo).agent
+    inputs = [torch.randn(2500, 3).double()]
+    if ppo is ppo_multidiscrete_mask:
+        inputs.append(torch.rand(2500, 5) < 0.5)
+        inputs[1][:, [0, 2]] = True
+    dists, values = ppo.evaluate_policy(agent, *inputs)
+    expected_dists, outputs = agent(*inputs)
+    torch.testing.assert_close(dists, expected_dists.detach())
+    torch.testing.assert_close(values, 3 + 2 * outputs.detach())
+
+
 @pytest.mark.parametrize("gamma, lam", [(0.99, 0.95), (1.0, 1.0), (0.9, 0.0), (0.0, 0.5)])
 @pytest.mark.parametrize("t, n", [(1, 1), (1, 4), (2, 2), (7, 1), (16, 2), (23, 5)])
 def test_compute_advantages(t: int, n: int, gamma: float, lam: float) -> None:

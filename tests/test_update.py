@@ -174,30 +174,6 @@ def test_target_kl(
     assert found.metrics["losses/approx_kl"] == pytest.approx(np.mean(told), rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    "module, norm_value",
-    [(ppo_discrete, "none"), (ppo_continuous, "popart"), (ppo_mask, "running")],
-)
-def test_recompute_advantages(module: ModuleType, norm_value: str) -> None:
-    """Every epoch but the first takes advantages and targets from the critic as it is then."""
-    made = prepare(module, norm_value=norm_value, norm_adv=False, learning_rate=1e-2)
-    norm = made.agent.value_norm
-    for recompute in (False, True):
-        found = learn(made, recompute_advantages=recompute, update_epochs=3)
-        for epoch in range(3):
-            calls = found.calls[4 * epoch : 4 * epoch + 4]
-            expected = dict(made.batch)
-            if recompute and epoch:
-                now = copy.deepcopy(made.agent)
-                now.load_state_dict(calls[0].state)
-                _, _, advantages, targets = module.compute_targets(now, made.rollout, made.args)
-                assert (advantages - made.batch["advantages"]).abs().max() > 1e-3
-                expected |= {"advantages": advantages, "targets": (targets - norm.mean) / norm.std}
-            for key in ("advantages", "targets", "values", "logprobs"):
-                given = torch.cat([call.minibatch[key] for call in calls])
-                torch.testing.assert_close(given.sort()[0], expected[key].sort()[0])
-
-
 @pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize("shared", [True, False])
 def test_critic_epochs(module: ModuleType, shared: bool) -> None:
@@ -263,12 +239,20 @@ def iterations(main: Callable, monkeypatch: pytest.MonkeyPatch) -> Callable:
     return iterations
 
 
-@pytest.mark.parametrize("module", MODULES)
+POPART = "--norm-obs --norm-value popart --norm-reward --recompute-advantages --critic-epochs 1"
+IMAGES = '{"space":"image","actions":"Box"}'
+RUNNING = "--norm-obs --norm-value running --shared-network --critic-warmup-iterations 2"
+
+
 @pytest.mark.parametrize(
-    "flags",
+    "module, flags",
     [
-        "--norm-obs --norm-value popart --norm-reward --recompute-advantages --critic-epochs 1",
-        "--norm-obs --norm-value running --shared-network --critic-warmup-iterations 2",
+        *((module, flags) for module in MODULES for flags in (POPART, RUNNING)),
+        (ppo_discrete, "--vectorization native --norm-value running"),
+        (ppo_continuous, "--std state"),
+        (ppo_continuous, "--distribution beta"),
+        (ppo_discrete, "--env-id ALE/Pong-v5 --shared-network"),
+        (ppo_continuous, f"--env-id envs.scripted:Scripted-v0 --env-kwargs {IMAGES}"),
     ],
 )
 def test_first_step_starts_at_ratio_one(

@@ -12,7 +12,8 @@ import numpy as np
 class User(gym.Env):
     """Truncated every fifth step. Of three side by side one goes wrong in its step number `at`.
 
-    That one has a seed divisible by 3. All `pause` in every step, the bad one `wait` in that step.
+    That one has a seed divisible by 3. All `pause` in every step; the bad one waits in that step
+    until there is a file `go`, but not longer than `wait` seconds.
     """
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (3,))
@@ -60,7 +61,9 @@ class User(gym.Env):
         obs, reward = self.np_random.normal(size=3).astype(np.float32), 1.0
         if self.bad and self.t == self.at:
             self.write("there")
-            time.sleep(self.wait)
+            end = time.monotonic() + self.wait
+            while time.monotonic() < end and not os.path.exists("go"):
+                time.sleep(0.005)
             if self.fault == "step":
                 raise ValueError("no step")
             if self.fault == "killed":
