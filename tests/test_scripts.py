@@ -21,12 +21,12 @@ SCRIPTS = ["ppo_discrete.py", "ppo_continuous.py", "ppo_multidiscrete_mask.py"]
 HEAD = "__init__ distribution act forward log_prob entropy kl_divergence to_env"
 HEAD_OF = {"ppo_continuous.py": "action_std"}
 HEAD_OF["ppo_multidiscrete_mask.py"] = "policy_masks path_masks path_ratio preprocess"
-# What else may differ, by at most so many lines
+# What else may differ, by at most so many added and removed lines
 OTHERS = {
-    "ppo_continuous.py": "check_args 2 make_batch 2 train 4 main 12",
-    "ppo_multidiscrete_mask.py": "make_env 4 SyncEnvs 1 make_envs 2 make_body 7 Rollout.__init__ 5 "
-    "Rollout.collect 8 evaluate_policy 3 compute_targets 4 make_batch 8 ppo_loss 4 "
-    "train 2 main 11",
+    "ppo_continuous.py": "check_args 2 make_batch 2 train 4 main 17",
+    "ppo_multidiscrete_mask.py": "make_env 5 SyncEnvs 2 make_envs 3 make_body 9 Rollout.__init__ 5 "
+    "Rollout.collect 9 evaluate_policy 5 compute_targets 6 make_batch 11 ppo_loss 7 "
+    "train 3 main 14",
 }
 MASKS = "TaxiDispatch MaskInfo VectorMaskInfo MASKED without_mask move_mask used_masks"
 MASKS = set(f"{MASKS} is_image fits_network".split())
@@ -71,7 +71,7 @@ def test_same_text(script: str) -> None:
     allowed = dict(zip(words[::2], map(int, words[1::2]), strict=True))
     for name in model.keys() & other.keys() - own:
         changes = [line[0] for line in difflib.ndiff(model[name], other[name])]
-        number = max(changes.count("+"), changes.count("-"))
+        number = changes.count("+") + changes.count("-")
         assert number <= allowed.get(name, 0), f"{name}: {number} lines differ"
     both = [name for name in model if name in other]
     assert both == [name for name in other if name in model]  # in the same order
