@@ -163,10 +163,11 @@ def table() -> None:
 
     def cell(who: str, task: str, column: str) -> str:
         values = found.get((who, task, column), [])
-        if len(values) < 2:
+        if not values:
             return ""
         digits = 0 if abs(np.mean(values)) >= 100 else 1
-        return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f} ({len(values)})"
+        std = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+        return f"{np.mean(values):.{digits}f}{std} ({len(values)})"
 
     lines = [
         "| task | ours (seeds) | evaluated | SB3, the same | evaluated | SB3, zoo | evaluated "
