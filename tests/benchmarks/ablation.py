@@ -451,7 +451,8 @@ def plot() -> None:
 def plot_value_clip() -> None:
     """What the value clip does where values are near 200: one panel a quantity.
 
-    Explained variance ends where the mean return reaches 900: later, targets hardly vary.
+    Explained variance is that of the runs whose return is below 900, while these are at least half:
+    above, targets hardly vary.
     """
     import matplotlib.pyplot as plt
 
@@ -467,14 +468,17 @@ def plot_value_clip() -> None:
         mine = [row for row in rows if row["variant"] == variant]
         steps = np.array([int(row["step"]) for row in mine[:POINTS]])
         run_returns = np.array([float(row["return_100"]) for row in mine]).reshape(-1, POINTS)
-        learning = run_returns.mean(0) < 900
+        learning = run_returns < 900
         label = "value clip: on" if variant == "base" else variant
         for panel, name in zip(panels, names, strict=True):
             values = np.array([float(row[name]) for row in mine]).reshape(-1, POINTS)
-            shown = learning if name == "explained_variance" else slice(None)
-            x, y = steps[shown], values[:, shown]
-            panel.plot(x, y.mean(0), color=f"C{color}", label=label)
-            panel.fill_between(x, y.min(0), y.max(0), color=f"C{color}", alpha=0.15)
+            x = steps
+            if name == "explained_variance":
+                shown = learning.mean(0) >= 0.5
+                x, values = steps[shown], np.where(learning, values, np.nan)[:, shown]
+            panel.plot(x, np.nanmean(values, 0), color=f"C{color}", label=label)
+            low, high = np.nanmin(values, 0), np.nanmax(values, 0)
+            panel.fill_between(x, low, high, color=f"C{color}", alpha=0.15)
     for panel, title in zip(panels, names.values(), strict=True):
         panel.set_title(title, fontsize=9)
         panel.tick_params(labelsize=7)
