@@ -114,6 +114,7 @@ VARIANTS = [
     ("value clip", "on, value norm", "--norm-value running --clip-vloss", (*ALL, *SCALED)),
     ("value clip", "off, value norm", "--norm-value running --no-clip-vloss", NOT_NORMED),
     ("value clip", "on, popart", "--norm-value popart --clip-vloss", NOT_NORMED),
+    ("value clip", "off, popart", "--norm-value popart --no-clip-vloss", NOT_NORMED),
     ("value clip", "on, no gradient clip", "--max-grad-norm None", SCALED),
     ("value clip", "off, no gradient clip", "--no-clip-vloss --max-grad-norm None", SCALED),
     ("value clip", "on, eps 1e-8", "--adam-eps 1e-8", SCALED),
