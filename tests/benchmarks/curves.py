@@ -45,6 +45,8 @@ def add(groups: list[str]) -> None:
     """Put runs into the table."""
     path = RESULTS / "curves.csv"
     rows = list(csv.DictReader(path.open())) if path.exists() else []
+    tasks = [row["task"] for row in rows] + [group.split("=")[0] for group in groups]
+    order = list(dict.fromkeys(tasks))  # a task that is replaced keeps its place
     for group in groups:
         task, pattern = group.split("=", 1)
         runs = sorted(glob(pattern))
@@ -60,6 +62,7 @@ def add(groups: list[str]) -> None:
                 rows.append(row | {"return_100": round(float(value), 3)})
         std = np.std(final, ddof=1) if len(final) > 1 else 0.0
         print(task, *np.round(final, 2), f"mean {np.mean(final):.2f} +- {std:.2f}")
+    rows.sort(key=lambda row: order.index(row["task"]))
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, ["task", "run", "step", "return_100"], lineterminator="\n")
         writer.writeheader()
