@@ -470,16 +470,14 @@ def plot_value_clip() -> None:
         steps = np.array([int(row["step"]) for row in mine[:POINTS]])
         run_returns = np.array([float(row["return_100"]) for row in mine]).reshape(-1, POINTS)
         learning = run_returns < 900
+        hidden = ~learning | (learning.mean(0) < 0.5)  # targets hardly vary
         label = "value clip: on" if variant == "base" else variant
         for panel, name in zip(panels, names, strict=True):
-            values = np.array([float(row[name]) for row in mine]).reshape(-1, POINTS)
-            x = steps
+            values = np.ma.array([float(row[name]) for row in mine]).reshape(-1, POINTS)
             if name == "explained_variance":
-                shown = learning.mean(0) >= 0.5
-                x, values = steps[shown], np.where(learning, values, np.nan)[:, shown]
-            panel.plot(x, np.nanmean(values, 0), color=f"C{color}", label=label)
-            low, high = np.nanmin(values, 0), np.nanmax(values, 0)
-            panel.fill_between(x, low, high, color=f"C{color}", alpha=0.15)
+                values.mask = hidden
+            panel.plot(steps, values.mean(0), color=f"C{color}", label=label)
+            panel.fill_between(steps, values.min(0), values.max(0), color=f"C{color}", alpha=0.15)
     for panel, title in zip(panels, names.values(), strict=True):
         panel.set_title(title, fontsize=9)
         panel.tick_params(labelsize=7)
